@@ -1,0 +1,10 @@
+"Everything a notebook user needs: `from diffkd_nb.all import *`"
+from .taps import *
+from .noise_adapter import *
+from .autoencoder import *
+from .diffusion import *
+from .losses import *
+from .diffkd import *
+from .callback import *
+from .methods import *
+from .plots import *
