@@ -101,7 +101,7 @@ def draw(self:DiffKD,
     if self.denoiser is None: return noise, None, None
     return noise, torch.randn(shape, **g), torch.randint(0, T, shape[:1], **g)
 
-# %% ../nbs/05_diffkd.ipynb #b7adc4d1
+# %% ../nbs/05_diffkd.ipynb #af35bd34
 @patch
 def forward(self:DiffKD,
     student:Tensor, # (B, C, H, W), or (B, K) for logits
@@ -115,7 +115,7 @@ def forward(self:DiffKD,
     if self.training and student.shape[0] < 2:
         raise ValueError("DiffKD normalises over the batch and needs at least 2 samples per training step, got a batch of 1. "
                          "Use a larger batch, and drop_last=True if only the last batch is that small.")
-    if noise is None or diffusion_noise is None or timesteps is None:
+    if (self.adapter is not None and noise is None) or (self.denoiser is not None and (diffusion_noise is None or timesteps is None)):
         drawn = self.draw(student, teacher, generator)
         noise, diffusion_noise, timesteps = (d if g is None else g for g,d in zip((noise, diffusion_noise, timesteps), drawn))
     teacher = teacher.detach()
