@@ -13,9 +13,9 @@ from torch.nn import functional as F
 # %% auto #0
 __all__ = ['LinearAutoencoder', 'latent_width']
 
-# %% ../nbs/02_autoencoder.ipynb #172cc667
+# %% ../nbs/02_autoencoder.ipynb #368821d5
 class LinearAutoencoder(nn.Module):
-    "1 x 1 convolution + BatchNorm to `latent` channels, 1 x 1 convolution back (paper, sec. 3.3)"
+    "1 x 1 convolution + BatchNorm to `latent` channels, 1 x 1 convolution back (paper, eq. 6)"
     def __init__(self,
         channels:int, # Channels of the teacher's map
         latent:int # Channels of the latent

@@ -52,7 +52,7 @@ def sample_inputs(
     i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in b[:i])
 
-# %% ../nbs/06_callback.ipynb #495b8b16
+# %% ../nbs/06_callback.ipynb #dfd83a23
 class OptimizerTail:
     "Adds parameters to the end of an optimiser's last group, and takes them away with their state"
     def __init__(self,
@@ -66,7 +66,7 @@ class OptimizerTail:
 
     def add(self, opt):
         "Join the last group of `opt`; state from an earlier `remove` comes back unless the optimiser was made anew"
-        kind = (type(opt), type(getattr(opt, 'opt', None)), tuple(map(str, getattr(opt, 'cbs', ()))))
+        kind = [type(opt).__name__, type(getattr(opt, 'opt', None)).__name__, *(getattr(c, '__name__', str(c)) for c in getattr(opt, 'cbs', ()))]
         new = not any(set(s) - {'do_wd', 'force_train'} for s in self._state(opt).values())
         if new or kind != self.kind: self.parked = {}
         self.kind = kind
@@ -129,13 +129,15 @@ def make_plan(self:DistillCallback):
 def after_create(self:DistillCallback):
     if not hasattr(self.learn.dls.train, '__len__') or len(self.learn.dls.train): self.make_plan()
 
-# %% ../nbs/06_callback.ipynb #010ca82a
+# %% ../nbs/06_callback.ipynb #f1d4af90
 @patch
 def before_fit(self:DistillCallback):
     "Prepare a fit: plan, columns, guard; nothing for validation and prediction"
     if self.learn.lock.locked(): return
     if hasattr(self.learn, 'non_native_mixed_precision'):
         raise ValueError("NonNativeMixedPrecision keeps its own copy of the parameters and would not train the distiller: use learn.to_fp16() or to_bf16().")
+    if len(self.learn._grab_cbs(DistillCallback)) > 1:
+        raise ValueError("two distillation callbacks on one Learner: remove one, or write one distiller that adds the losses of both.")
     if num_distrib() > 1: raise ValueError("distillation in several processes is not supported yet: the distiller's gradients would not be synchronised.")
     self.finish()
     self.make_plan()

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from .noise_adapter import Bottleneck
 
 # %% auto #0
-__all__ = ['T', 'alpha_bar_schedule', 'NoiseSchedule', 'Denoiser', 'diffusion_loss', 'ddim_times', 'ddim_coefficients',
+__all__ = ['N_TIMES', 'alpha_bar_schedule', 'NoiseSchedule', 'Denoiser', 'diffusion_loss', 'ddim_times', 'ddim_coefficients',
            'ddim_denoise', 'gamma_to_time']
 
-# %% ../nbs/03_diffusion.ipynb #77deff08
-T = 1000 # Number of diffusion times
+# %% ../nbs/03_diffusion.ipynb #9f92f833
+N_TIMES = 1000 # Number of diffusion times
 def alpha_bar_schedule() -> Tensor: # (1000,) float64
     "alpha-bar of the linear schedule, beta from 1e-4 to 2e-2 (paper, eq. 2)"
-    return torch.cumprod(1 - torch.linspace(1e-4, 2e-2, T, dtype=torch.float64), 0)
+    return torch.cumprod(1 - torch.linspace(1e-4, 2e-2, N_TIMES, dtype=torch.float64), 0)
 
 # %% ../nbs/03_diffusion.ipynb #45b6f4a1
 class NoiseSchedule(nn.Module):
@@ -40,9 +40,9 @@ class NoiseSchedule(nn.Module):
         a, s = (o[t].float().view(-1, *[1]*(x.dim()-1)) for o in (self.signal, self.sigma))
         return a*x.float() + s*noise.float()
 
-# %% ../nbs/03_diffusion.ipynb #d1a17a3b
+# %% ../nbs/03_diffusion.ipynb #07bfc5f2
 class Denoiser(nn.Module):
-    "Guesses the noise in a noisy teacher feature: epsilon_theta of eq. 3 (paper, fig. 3)"
+    "Guesses the noise in a noisy teacher feature: epsilon_theta of eq. 3"
     def __init__(self,
         channels:int, # Latent width L
         kind:str='feature' # `'feature'` for maps (B, L, H, W), `'logits'` for (B, L)
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
     def forward(self, x:Tensor, t:Tensor|int) -> Tensor: # The shape of `x`
         return self.predict(x, self.embed(torch.as_tensor(t, device=x.device).view(-1)))
 
-# %% ../nbs/03_diffusion.ipynb #70e8250c
+# %% ../nbs/03_diffusion.ipynb #00459071
 def diffusion_loss(
     denoiser:nn.Module, # `denoiser(x, t)` gives the noise in x
     schedule:NoiseSchedule, # The noise schedule
@@ -76,10 +76,10 @@ def diffusion_loss(
 ) -> Tensor: # Scalar, float32
     "Mean squared error of the guessed noise (paper, eq. 3)"
     if noise is None: noise = torch.randn(x.shape, device=x.device, generator=generator)
-    if t is None: t = torch.randint(0, T, (x.shape[0],), device=x.device, generator=generator)
+    if t is None: t = torch.randint(0, N_TIMES, (x.shape[0],), device=x.device, generator=generator)
     return F.mse_loss(denoiser(schedule.add_noise(x, noise, t), t).float(), noise.float())
 
-# %% ../nbs/03_diffusion.ipynb #40c27a46
+# %% ../nbs/03_diffusion.ipynb #59735914
 def ddim_times(
     steps:int=5, # Denoiser calls n, from 1 to 500
     start:str|int='released' # `'released'`: (n-1)d, ..., d, 0 with d = 1000 // 2n; `'paper'`: n even steps from 500 to 0; an integer: from there to 0
@@ -88,22 +88,22 @@ def ddim_times(
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 500:
         raise ValueError(f"steps must be an integer from 1 to 500, got {steps!r}.")
     if start == 'released':
-        d = T//(2*steps)
+        d = N_TIMES//(2*steps)
         ts = [d*i for i in reversed(range(steps))]
     else:
         first = 500 if start == 'paper' else start
-        if isinstance(first, bool) or not isinstance(first, int) or not steps <= first < T:
-            raise ValueError(f"start must be 'released', 'paper' or a time from {steps} (steps) to {T-1}, got {start!r}.")
+        if isinstance(first, bool) or not isinstance(first, int) or not steps <= first < N_TIMES:
+            raise ValueError(f"start must be 'released', 'paper' or a time from {steps} (steps) to {N_TIMES-1}, got {start!r}.")
         ts = [first*(steps-i)//steps for i in range(steps)]
         return ts, ts[1:] + [0]
     return ts, [t-d for t in ts]
 
-# %% ../nbs/03_diffusion.ipynb #39f6f325
+# %% ../nbs/03_diffusion.ipynb #68314229
 def ddim_coefficients(
     steps:int=5, # Denoiser calls
     start:str|int='released' # See `ddim_times`
 ) -> list[tuple[int,float,float]]: # (t, a, b) of each step, x <- a x + b eps
-    "DDIM (paper, eq. 5, eta = 0) as two constants a step, computed in float64"
+    "DDIM (paper, eq. 4-5, eta = 0) as two constants a step, computed in float64"
     ab = alpha_bar_schedule().tolist()
     res = []
     for t,p in zip(*ddim_times(steps, start)):

@@ -55,12 +55,12 @@ def dist_loss(
     s, t = (F.softmax(_rows(x)/temperature, 1) for x in (student, teacher))
     return temperature**2*(inter*(1 - _pearson(s, t).mean()) + intra*(1 - _pearson(s.T, t.T).mean()))
 
-# %% ../nbs/04_losses.ipynb #f1d6cb33
+# %% ../nbs/04_losses.ipynb #575ae3b8
 def attention(
     x:Tensor, # Feature map (B, C, H, W)
     temperature:float=.5 # Softmax temperature
 ) -> Tensor: # (B, 1, H, W), mean 1 over the positions of each sample
-    "Spatial attention H W softmax(mean over channels of |x| / temperature) (paper, eq. 10, with absolute values)"
+    "Spatial attention H W softmax(mean over channels of |x| / temperature) (as the paper's eq. 10, with absolute values)"
     a = x.float().abs().mean(1, keepdim=True)
     return F.softmax(a.flatten(1)/temperature, 1).view_as(a)*a[0].numel()
 

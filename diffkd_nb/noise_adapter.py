@@ -12,9 +12,9 @@ from torch import nn, Tensor
 # %% auto #0
 __all__ = ['Bottleneck', 'NoiseAdapter', 'mix']
 
-# %% ../nbs/01_noise_adapter.ipynb #160f8844
+# %% ../nbs/01_noise_adapter.ipynb #3f83b3fb
 class Bottleneck(nn.Module):
-    "Residual bottleneck `x + block(x)` over (B, C, H, W) without a ReLU after the sum (paper, fig. 3)"
+    "Residual bottleneck `x + block(x)` over (B, C, H, W) without a ReLU after the sum"
     def __init__(self,
         channels:int, # Channels C in and out
         reduction:int=4 # The inner width is C // reduction, at least 1

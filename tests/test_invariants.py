@@ -432,6 +432,16 @@ def test_no_host_synchronisation_inside_a_step():
 
 # ---- options
 
+@pytest.mark.parametrize('widths', [(1, 1), (1, 3), (5, 2), (7, 33), (40, 3)], ids=str)
+def test_other_channel_counts(widths):
+    "Also fewer channels than the bottleneck divides by, and a student wider than its teacher"
+    set_seed(0)
+    learn = make_learner(sequential(widths[0]), cbs=(cb := DiffKDCallback(sequential(widths[1]), verbose=False)))
+    before = weights(cb)
+    with quiet(learn): learn.fit(1, 1e-3)
+    assert moved(cb, before) and cb.plan[0].student.shape[0] == 2*widths[0] and cb.plan[0].teacher.shape[0] == 2*widths[1]
+
+
 @pytest.mark.parametrize('kw', [dict(adapter=False), dict(denoiser='identity'), dict(denoiser='identity', adapter=False), dict(start='paper'), dict(start=200, steps=3),
                                 dict(steps=1), dict(latent=4), dict(logits_loss='dist'), dict(feature_loss='attention_mse'), dict(temperature=4.),
                                 dict(align='teacher'), dict(align='student'), dict(taps=['logits']), dict(taps=['feature']), dict(weights={'logits': .5}),
@@ -467,6 +477,12 @@ def test_any_way_to_attach(how, capsys):
     assert {'task', 'kd', 'gamma'} <= set(learn.recorder.metric_names)
     if how != 'constructor': learn.remove_cb(cb) if how == 'add_cb' else None
     with quiet(learn): learn.validate()
+
+
+def test_two_distillation_callbacks_are_refused():
+    learn, student, teacher, cb = build(LIGHT)
+    with quiet(learn), pytest.raises(ValueError, match='two distillation callbacks'): learn.fit(1, cbs=DiffKDCallback(sequential(8), verbose=False))
+    assert n_hooks(student) == 0
 
 
 def test_a_replaced_model_gets_a_new_plan():
