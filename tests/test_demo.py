@@ -112,6 +112,7 @@ def out_is_a_file(t, f, b): (t/'o').write_text('precious'); return []
 def other_weights(t, f, b):
     from safetensors.torch import save_file; import torch
     save_file({'a': torch.ones(1)}, t/'w.safetensors'); return ['--teacher-weights', t/'w.safetensors']
+def no_weights(t, f, b): return ['--teacher-weights', t/'gone.safetensors']
 def stranger(t, f, b):
     for c in ('train/a', 'train/b', 'val/c'): (t/'s'/c).mkdir(parents=True); [Image.new('RGB', (8, 8)).save(t/'s'/c/f'{i}.png') for i in range(3)]
     return ['--data', t/'s']
@@ -121,7 +122,8 @@ TABLE = [(lambda t, f, b: ['--data', t/'nowhere'], ['nowhere is not a folder', '
          (no_test_file, ['test.bin is missing']), (wrong_label, ['fine label of 200', '0 to 99']), (broken_image, ['2 images cannot be read', '05.png', '07.png', '--corrupt skip']),
          (lambda t, f, b: ['--student', 'resnet81'], ["no model named 'resnet81'", 'resnet18']), (lambda t, f, b: ['--teacher', 'small:x'], ["'small:x'", 'small:4']),
          (other_settings, ['other settings', 'epochs: 1 there, 2 now', '--out']), (out_in_use, ['holds something else', '--out']), (out_is_a_file, ['holds something else']),
-         (other_weights, ['does not fit the teacher small:4']), (lambda t, f, b: ['--data', f, '--batch-size', '500'], ['64 training images for the student', 'batch of 500']),
+         (other_weights, ['does not fit the teacher small:4']), (no_weights, ['gone.safetensors is not a file']), (lambda t, f, b: ['--student', 'convnext_atto'], ['student (ConvNeXt) fails', '(2, 1, 8, 8)']),
+         (lambda t, f, b: ['--data', f, '--batch-size', '500'], ['64 training images for the student', 'batch of 500']),
          (lambda t, f, b: ['--data', b, '--size', '16'], ['--size 16', '32 pixels']), (stranger, ['classes that are not in', 'c'])]
 
 
@@ -144,6 +146,11 @@ def test_corrupt_images_skipped_and_counted(folders, tmp_path, capsys):
     assert demo.main([*map(str, args), '--out', str(tmp_path/'o'), *QUICK, '--methods', 'alone', '--corrupt', 'skip']) == 0
     out = capsys.readouterr()
     assert '62 training images' in out.out and 'Left out: 2 images cannot be read' in out.err
+
+
+def test_a_mistake_is_one_line_in_a_real_shell(tmp_path):
+    r = command('--data', tmp_path/'nowhere')
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and r.stderr.startswith('diffkd_demo: --data')
 
 
 def test_help_and_wrong_options():
