@@ -42,7 +42,7 @@ class NoiseSchedule(nn.Module):
         a, s = (o[t].float().view(-1, *[1]*(x.dim()-1)) for o in (self.signal, self.sigma))
         return a*x.float() + s*noise.float()
 
-# %% ../nbs/03_diffusion.ipynb #ea164f15
+# %% ../nbs/03_diffusion.ipynb #90fd8c8e
 class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, notes):
@@ -53,10 +53,12 @@ class _Use(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        ctx.notes.append((torch._C._current_graph_task_id(), x.detach(), g))
+        now = torch._C._current_graph_task_id()
+        if ctx.notes and ctx.notes[0][0] != now: ctx.notes.clear()
+        ctx.notes.append((now, x.detach(), g))
         return g @ weight, None, None, None
 
-# %% ../nbs/03_diffusion.ipynb #08f9eefd
+# %% ../nbs/03_diffusion.ipynb #0c594063
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, notes):
@@ -66,8 +68,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *unused):
-        now = torch._C._current_graph_task_id()
-        x, g = (torch.cat(o) for o in zip(*[(x, g) for t,x,g in ctx.notes if t == now]))
+        x, g = (torch.cat(o) for o in list(zip(*ctx.notes))[1:])
         ctx.notes.clear()
         return g.T @ x, g.sum(0), None
 

@@ -158,3 +158,8 @@ def test_help_and_wrong_options():
     assert r.returncode == 0 and all(o in r.stdout for o in ('--data', '--teacher', '--student', '--seeds', '--corrupt', '--out', 'timm'))
     r = command('--epochs', '0')
     assert r.returncode == 2 and 'must be at least 1, got 0' in r.stderr
+
+
+def test_the_readmes_picture_is_the_stored_runs():
+    root = Path(__file__).parent.parent
+    assert (root/'nbs'/'images'/'demo_maps.png').read_bytes() == (root/'results'/'demo'/'maps.png').read_bytes()
