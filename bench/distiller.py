@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffkd_nb.diffkd import DiffKD, from_released
 
 
-def make(kind, released, size):
+def make(kind, released):
     "Our module and, where there is one, the released module with the same weights"
     if released is None: return (DiffKD(512, 512, latent=1024) if kind == 'feature' else DiffKD(1000, 1000, 'logits')), None
     rel = released(512, 512, kernel_size=3, use_ae=True, ae_channels=1024) if kind == 'feature' else released(1000, 1000, kernel_size=1)
@@ -44,7 +44,7 @@ def step(m, f, s, t, sync):
 def measure(kind, batch, size, a, released):
     "One row: medians of the times and of the round-by-round ratios"
     torch.manual_seed(0); torch._dynamo.reset()
-    ours, rel = make(kind, released, size)
+    ours, rel = make(kind, released)
     shape = (size, size) if kind == 'feature' else (1, 1)
     s, t = (torch.randn(batch, 512 if kind == 'feature' else 1000, *shape, device=a.device) for _ in range(2))
     s.requires_grad_()
