@@ -14,8 +14,8 @@ import torch
 from torch import nn, Tensor
 
 # %% auto #0
-__all__ = ['unwrap', 'get_module', 'Layout', 'find_layout', 'to_map', 'eval_mode', 'Record', 'dry_run', 'last_feature', 'Place',
-           'Tap', 'check_pair', 'plan_taps', 'plan_table', 'Capture']
+__all__ = ['unwrap', 'get_module', 'Layout', 'find_layout', 'to_map', 'eval_mode', 'Record', 'dry_run', 'last_feature',
+           'stage_features', 'Place', 'Tap', 'check_pair', 'plan_taps', 'plan_table', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -141,6 +141,47 @@ def last_feature(
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return records[max(i for i in maps if not pools or i < pools[-1])].name
 
+# %% ../nbs/00_taps.ipynb #956f9eec
+def _map_size(model, r, aspect):
+    "(h, w) of a record that is a map of more than one position, None for anything else"
+    if not r.name or not isinstance(r.output, Tensor) or r.output.dim() not in (3, 4) or _is_pool(r.module) or _passes_through(r.module): return None
+    try: size = tuple(to_map(r.output, find_layout(r.output, aspect, r.module, getattr(model, 'num_prefix_tokens', None) if r.output.dim() == 3 else None)).shape[2:])
+    except ValueError: return None
+    return size if math.prod(size) > 1 else None
+
+def _equal_parts(names, n):
+    "Ends of `n` equal parts of the longest run of numbered siblings, such as a transformer's blocks"
+    groups = {}
+    for name in names:
+        parent, _, i = name.rpartition('.')
+        if i.isdigit(): groups.setdefault(parent, []).append(name)
+    run = max(groups.values(), key=len, default=[])
+    return [run[round((k+1)*len(run)/n) - 1] for k in range(n)] if len(run) >= n else []
+
+# %% ../nbs/00_taps.ipynb #715fb20f
+def stage_features(
+    model:nn.Module, # Any model
+    records:Sequence[Record], # From `dry_run` of it
+    n:int=4, # Stages at most
+    aspect:float=1. # Height over width of the input image
+) -> list[str]: # Dotted names, shallow to deep
+    "Names of the modules that end the stages of a network; `ValueError` where there is no map"
+    last = last_feature(records)
+    end = max(i for i,r in enumerate(records) if r.name == last)
+    sizes, smallest, batch = {}, math.inf, len(next(r.output for r in records if r.name == last))
+    for r in records[:end+1]:
+        s = _map_size(unwrap(model), r, aspect) if r.name == last or len(getattr(r.output, 'shape', ())) and len(r.output) == batch else None
+        if s is None or math.prod(s) > smallest: continue # maps grow only inside a block: attention matrices, say
+        smallest = math.prod(s)
+        sizes.setdefault(s, []).append(r.name)
+    def block(names):
+        within = {n: sum(m == n or m.startswith(n+'.') for m in names) for n in names}
+        big = [n for n in names if 2*within[n] >= max(within.values())]
+        return [n for n in big if n.count('.') == min(m.count('.') for m in big)][-1]
+    *early, deepest = sizes.values() or [[last]]
+    if not early: return [*dict.fromkeys([*_equal_parts(deepest, n)[:-1], last])]
+    return ([block(ns) for ns in early] + [last])[-n:]
+
 # %% ../nbs/00_taps.ipynb #8241d571
 class Place(NamedTuple):
     "One side of a tap"
@@ -199,8 +240,8 @@ def _run(model, role, xb):
         raise ValueError(f"the {role} ({type(unwrap(model)).__name__}) fails on a batch of shape {shapes}: {e}. "
                          "It must take the same input as the Learner's model.") from e
 
-# %% ../nbs/00_taps.ipynb #238f8eb0
-def _requests(taps, s_rec, t_rec):
+# %% ../nbs/00_taps.ipynb #74599850
+def _requests(taps, s_rec, t_rec, stages):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name)`"
     if taps is None: taps = ['feature', 'logits']
     if isinstance(taps, str) or not isinstance(taps, Sequence): raise ValueError(f"taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], got {taps!r}.")
@@ -208,25 +249,31 @@ def _requests(taps, s_rec, t_rec):
     for t in taps:
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec)
         elif t == 'logits': yield 'logits', 'logits', '', ''
+        elif t in ('stages', 'exits'):
+            ss, ts = stages()
+            pairs = list(zip(ss[::-1], ts[::-1]))[::-1] if t == 'stages' else [(s, '') for s in ss]
+            for i,(s,u) in enumerate(pairs): yield f'{t[:-1]}{i+1}', 'feature', s, u
         elif isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t):
             kind = t[2] if len(t) == 3 else None
             if kind not in (None, 'feature', 'logits'): raise ValueError(f"kind of tap {tuple(t)} must be 'feature' or 'logits', got {kind!r}.")
             yield (t[0] if t[0] == t[1] else f'{t[0]}~{t[1]}') or 'logits', kind, t[0], t[1]
-        else: raise ValueError(f"a tap is 'feature', 'logits', (student name, teacher name) or (student name, teacher name, kind), got {t!r}.")
+        else: raise ValueError(f"a tap is 'feature', 'logits', 'stages', 'exits', (student name, teacher name) or (student name, teacher name, kind), got {t!r}.")
 
-# %% ../nbs/00_taps.ipynb #7dd95059
+# %% ../nbs/00_taps.ipynb #95ebaace
 def plan_taps(
     student:nn.Module, # The model that is trained
     teacher:nn.Module, # The model it learns from
     *xb, # A small batch: the inputs of both models
-    taps:Sequence|None=None # `'feature'` (last maps before pooling), `'logits'`, pairs of module names, or triples with a kind; both of the first by default
+    taps:Sequence|None=None, # `'feature'` (last maps before pooling), `'logits'`, `'stages'` (ends of stages, paired from the deepest), `'exits'` (student stages against the teacher's output), pairs of module names, or triples with a kind; the first two by default
+    teacher_xb:Sequence|None=None # Inputs of the teacher where they differ from the student's
 ) -> list[Tap]: # The pairs, checked
     "Find and check the places to compare; raises `ValueError` or `TypeError` with what would have been right"
     check_pair(student, teacher)
-    s_rec, t_rec = _run(student, 'student', xb), _run(teacher, 'teacher', xb)
+    s_rec, t_rec = _run(student, 'student', xb), _run(teacher, 'teacher', xb if teacher_xb is None else teacher_xb)
     aspect = next((x.shape[-2]/x.shape[-1] for x in xb if isinstance(x, Tensor) and x.dim() == 4), 1.)
+    stages = lambda: (stage_features(student, s_rec, aspect=aspect), stage_features(teacher, t_rec, aspect=aspect))
     plan = []
-    for name,kind,s,t in _requests(taps, s_rec, t_rec):
+    for name,kind,s,t in _requests(taps, s_rec, t_rec, stages):
         if kind is None: kind = 'logits' if _is_output(s_rec, s) and _is_output(t_rec, t) else 'feature'
         tap = Tap(name, kind, _place(student, s_rec, s, 'student', aspect, kind), _place(teacher, t_rec, t, 'teacher', aspect, kind))
         if kind == 'logits' and tap.student.shape != tap.teacher.shape:
