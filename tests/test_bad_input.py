@@ -65,8 +65,11 @@ TABLE = {
     'unknown alignment': (ok(align='both'), ValueError, ['align must be one of', "'smaller'", "'both'"]),
     'unknown denoiser': (ok(denoiser='unet'), ValueError, ['denoiser must be one of', "'identity'"]),
     'unknown option': (ok(stepz=3), TypeError, ['stepz']),
-    'KD on feature taps': (lambda: DistillCallback(sequential(8), KD), ValueError, ['feature taps', "taps=['logits']"]),
-    'distiller is a string': (lambda: DistillCallback(sequential(8), 'kd'), TypeError, ['distiller must be', 'str']),
+    'KD on feature taps': (lambda: DistillCallback(sequential(8), KD, taps=['feature']), ValueError, ['feature taps', "taps=['logits']"]),
+    'distiller is a number': (lambda: DistillCallback(sequential(8), 3), TypeError, ['distiller must be', 'int']),
+    'unknown method': (lambda: DistillCallback(sequential(8), 'dkdd'), ValueError, ['dkdd', "'dkd'"]),
+    'unknown option of a method': (lambda: DistillCallback(sequential(8), 'dkd', gamma=2), TypeError, ["'gamma'", 'alpha', 'beta']),
+    'options without a name': (lambda: DistillCallback(sequential(8), lambda plan: None, beta=2), TypeError, ["'beta'", 'name']),
 }
 
 
