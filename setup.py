@@ -58,7 +58,8 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[name, name + '.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    package_data={name: ['published.csv']},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{name}={name}._modidx:d'],
