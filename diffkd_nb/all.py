@@ -7,4 +7,9 @@ from .losses import *
 from .diffkd import *
 from .callback import *
 from .methods import *
+from .data import *
+from .models import *
+from .recipes import *
+from .teacher_cache import *
+from .experiment import *
 from .plots import *
