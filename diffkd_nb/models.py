@@ -235,7 +235,7 @@ MODELS = { # Name to a function of (n_classes, in_chans)
     'resnet50_cifar': resnet50_cifar, 'mobilenetv2_cifar': mobilenetv2_cifar, 'shufflenetv1': shufflenetv1, 'shufflenetv2': shufflenetv2,
     'mobilenetv1': MobileNetV1, 'mobilenetv1_075_tf': partial(MobileNetV1, width=.75, asymmetric=True)}
 
-# %% ../nbs/11_models.ipynb #bb55c266
+# %% ../nbs/11_models.ipynb #da1bc88f
 def make_model(
     name:str, # A key of `MODELS`, `'small:WIDTH'`, `'timm:NAME'`, `'torchvision:NAME'`, `'package.module:function'`, or the bare name of a timm or torchvision model
     n_classes:int, # Outputs
@@ -250,7 +250,7 @@ def make_model(
     if kind != 'torchvision' and timm.is_model(rest if colon else name): return _from_timm(rest if colon else name, n_classes, in_chans, img_size)
     if kind != 'timm' and (rest if colon else name) in torchvision.models.list_models(): return _from_torchvision(rest if colon else name, n_classes, in_chans)
     near = difflib.get_close_matches(rest if colon else name, [*MODELS, *timm.list_models(), *torchvision.models.list_models()], n=5, cutoff=.6)
-    raise InputError(f"there is no model named {name!r}: expected one of diffkd_nb.models.MODELS, small:WIDTH, timm:NAME, torchvision:NAME or package.module:function"
+    raise InputError(f"there is no model named {name!r}: expected one of diffkd_nb.models.MODELS, small:WIDTH (such as small:4), timm:NAME, torchvision:NAME or package.module:function"
                      f"{'. Nearest: ' + ', '.join(dict.fromkeys(near)) if near else ''}.")
 
 # %% ../nbs/11_models.ipynb #3500669c

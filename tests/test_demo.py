@@ -65,9 +65,9 @@ def test_class_folders_with_timm_models(folders, tmp_path, capsys):
 def test_cifar_layout(binaries, tmp_path, capsys):
     assert demo.main(['--data', str(binaries), '--out', str(tmp_path/'o'), *QUICK]) == 0
     check_output(tmp_path/'o')
-    assert '60 training images, 60 of them for the student, 20 for validation, 5 classes' in capsys.readouterr().out
-    d = demo.cifar_bin_data(binaries, limit=2)
-    assert len(d.y) == 10 and d.classes == [f'c{i}' for i in range(5)]
+    assert '60 training images, 60 of them for the student, 20 for validation, 100 classes' in capsys.readouterr().out
+    d = demo.cifar_data('cifar100', binaries, limit=2)
+    assert len(d.y) == 10 and d.classes[:6] == [*(f'c{i}' for i in range(5)), '5']
 
 
 def test_killed_and_started_again(tmp_path):
@@ -119,10 +119,10 @@ def stranger(t, f, b):
 
 TABLE = [(lambda t, f, b: ['--data', t/'nowhere'], ['nowhere is not a folder', 'train.bin']), (empty, ['is empty', 'class folders']),
          (one_class, ['has 1 class folders with images: digit0', 'at least two']), (one_fine_label, ['one class only']), (short_file, ['test.bin has 5000 bytes', '3074']),
-         (no_test_file, ['test.bin is missing']), (wrong_label, ['fine label of 200', '0 to 99']), (broken_image, ['2 images cannot be read', '05.png', '07.png', '--corrupt skip']),
+         (no_test_file, ['test.bin is missing']), (wrong_label, ['label of 200', '0 to 99']), (broken_image, ['2 images cannot be read', '05.png', '07.png', '--corrupt skip']),
          (lambda t, f, b: ['--student', 'resnet81'], ["no model named 'resnet81'", 'resnet18']), (lambda t, f, b: ['--teacher', 'small:x'], ["'small:x'", 'small:4']),
          (other_settings, ['other settings', 'epochs: 1 there, 2 now', '--out']), (out_in_use, ['holds something else', '--out']), (out_is_a_file, ['holds something else']),
-         (other_weights, ['does not fit the teacher small:4']), (no_weights, ['gone.safetensors is not a file']), (lambda t, f, b: ['--student', 'convnext_atto'], ['student (ConvNeXt) fails', '(2, 1, 8, 8)']),
+         (other_weights, ['does not fit the model']), (no_weights, ['gone.safetensors is not a file']), (lambda t, f, b: ['--student', 'convnext_atto'], ['student (ConvNeXt) fails', '(2, 1, 8, 8)']),
          (lambda t, f, b: ['--data', f, '--batch-size', '500'], ['64 training images for the student', 'batch of 500']),
          (lambda t, f, b: ['--data', b, '--size', '16'], ['--size 16', '32 pixels']), (stranger, ['classes that are not in', 'c'])]
 
