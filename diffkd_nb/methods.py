@@ -29,10 +29,10 @@ def _number(name, value, positive=False):
     if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 and (value > 0 or not positive): return value
     raise ValueError(f"{name} must be a {'positive number' if positive else 'number >= 0'}, got {value!r}.")
 
-# %% ../nbs/07_methods.ipynb #dafcafa9
+# %% ../nbs/07_methods.ipynb #e9c44e4f
 class Distiller(nn.Module):
     "Base of the methods: checks the plan, gives weighted float32 losses; the teacher's maps arrive detached"
-    loss_names,stat_names,needs = (),(),()
+    loss_names,stat_names,needs,hard_labels = (),(),(),False
     default_taps,takes = ['feature'],dict(feature=(1, math.inf), logits=(0, 0))
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
@@ -133,9 +133,10 @@ def dkd_loss(
     tckd = sum(torch.sigmoid(k*dt)*(F.logsigmoid(k*dt) - F.logsigmoid(k*ds)) for k in (1, -1))
     return tckd.mean()*temperature**2, F.kl_div(ls, lt, reduction='batchmean', log_target=True)*temperature**2
 
-# %% ../nbs/07_methods.ipynb #f20e7fdb
+# %% ../nbs/07_methods.ipynb #4f9239db
 class DKD(Distiller):
     "Decoupled distillation of the logits (Zhao et al., CVPR 2022); needs labels"
+    hard_labels = True
     loss_names,default_taps,takes = ('tckd', 'nckd'),['logits'],KD.takes
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
@@ -554,9 +555,10 @@ def exit_branch(
     nn.init.trunc_normal_(branch[-1].weight, std=.02); nn.init.zeros_(branch[-1].bias)
     return branch
 
-# %% ../nbs/07_methods.ipynb #6bb545a8
+# %% ../nbs/07_methods.ipynb #c517729e
 class OFA(Distiller):
     "Exits at every stage of the student, for pairs of different architecture (Hao et al., NeurIPS 2023); needs labels"
+    hard_labels = True
     loss_names,default_taps,takes = ('exits', 'logits'),['exits', 'logits'],dict(feature=(1, math.inf), logits=(1, 1))
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`: stages of the student, shallow to deep, each with the teacher's output, and one logit tap

@@ -78,6 +78,20 @@ def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
     assert hashes(c) == hashes(here)
 
 
+def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '500', '--pair', teacher, 'small:4', '--methods', 'alone',
+                          '--seeds', '1', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kids = lambda: subprocess.run(['pgrep', '-P', str(p.pid), '-f', '_cell_main'], capture_output=True, text=True).stdout.split()
+    while not (found := kids()): assert p.poll() is None; time.sleep(.02)
+    p.kill(); p.wait()
+    end = time.time() + 20
+    def alive():
+        try: return Path(f'/proc/{found[0]}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        except OSError: return False
+    while alive() and time.time() < end: time.sleep(.1)
+    assert not alive()
+
+
 def test_verify_finds_an_edited_table(teacher, tmp_path):
     c = grid(teacher, tmp_path, executor='here', seeds=1)
     f = tmp_path/'table.csv'; f.write_text(f.read_text().replace('dkd', 'kdd', 1))

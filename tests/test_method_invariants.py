@@ -94,3 +94,15 @@ def test_taken_up_between_epochs_it_ends_the_same(method):
     state = torch.load(saved, weights_only=False)
     c = fresh(); c[1].load_state_dict(state['model']); c[0].create_opt(); c[0].opt.load_state_dict(state['opt']); c[3].load_state_dict(state['cb']); epochs(c[0], 1, 1)
     for x,y in ((a[1].state_dict(), c[1].state_dict()), (a[3].distiller.state_dict(), c[3].distiller.state_dict())): assert all(equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize('mix', ['MixUp', 'CutMix'])
+@every_method
+def test_mixed_samples_are_refused_where_a_class_is_needed(method, mix):
+    from fastai.callback import mixup
+    learn, student, teacher, cb = build(method)
+    learn.add_cb(getattr(mixup, mix)())
+    with quiet(learn):
+        if method not in ('dkd', 'ofa'): learn.fit(1, 1e-3); assert np.isfinite(learn.recorder.values[-1]).all(); return
+        with pytest.raises(ValueError, match=f'{mix} mixes samples of two classes'): learn.fit(1, 1e-3)
+    assert n_hooks(student) == n_hooks(teacher) == 0
