@@ -166,10 +166,10 @@ class Checkpoint(Callback):
         for k,cb in self.parts().items(): cb.load_state_dict(state['callbacks'][k])
         set_rng_state(state['rng'])
 
-# %% ../nbs/13_experiment.ipynb #a5e87fc6
-def _settings(recipe, data, student, teacher_name, teacher, method, seed, taps, stats, amp):
+# %% ../nbs/13_experiment.ipynb #4b17044c
+def _settings(recipe, data, student, teacher_name, teacher, method, seed, taps, stats, amp, hash_of_data=None):
     "All that decides the outcome of a run; paths are left out, hashes stand for what they hold"
-    return json.loads(json.dumps(dict(recipe=recipe.to_dict(), data=data.name, data_hash=data_hash(data), student=student, teacher=teacher_name, teacher_hash=None if teacher is None else state_hash(teacher),
+    return json.loads(json.dumps(dict(recipe=recipe.to_dict(), data=data.name, data_hash=hash_of_data or data_hash(data), student=student, teacher=teacher_name, teacher_hash=None if teacher is None else state_hash(teacher),
         method=str(method), taps=taps, teacher_stats=stats, precision=amp or 'float32', seed=seed)))
 
 def _differ(old, new): return '; '.join(f'{k}: {old.get(k)!r} there, {new.get(k)!r} now' for k in new if old.get(k) != new.get(k)) or '; '.join(sorted(set(old) - set(new)))
@@ -516,7 +516,7 @@ def grid_cells(pairs, methods, seeds) -> list[Cell]:
         if len(p) != 2: raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
-# %% ../nbs/13_experiment.ipynb #18f10cbe
+# %% ../nbs/13_experiment.ipynb #ab2ab24f
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
@@ -540,6 +540,7 @@ def compare(
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
     job = lambda c: dict(recipe=recipe.to_dict(), data=data, teacher=c.teacher, student=c.student, method=c.method, seed=c.seed, out=str(out/c.folder), root=str(out), log=str(out/c.folder)+'.err', threads=threads, options=options)
     todo = [c for c in cells if not (out/c.folder/'manifest.json').is_file()]
+    _check_finished([c for c in cells if c not in todo], recipe, opened, out, options)
     for c in cells: (out/c.folder).parent.mkdir(parents=True, exist_ok=True)
     _teachers(cells, opened, out, options)
     bar = progress_bar(range(max(1, len(todo)*recipe.epochs))) if progress and todo else None
@@ -557,7 +558,7 @@ def compare(
     result.save()
     return result
 
-# %% ../nbs/13_experiment.ipynb #e6987591
+# %% ../nbs/13_experiment.ipynb #e405f5b3
 def _check_pairs(cells, data, options):
     "Tell about a teacher, student or tap that cannot work before anything is trained"
     for t,s in dict.fromkeys((c.teacher, c.student) for c in cells):
@@ -567,6 +568,16 @@ def _check_pairs(cells, data, options):
             teacher, _ = make_teacher(t, data)
             try: plan_taps(student, teacher, torch.randn(2, data.channels, data.size, data.size), taps=options.get('taps'))
             except ValueError as e: raise InputError(str(e)) from None
+
+def _check_finished(cells, recipe, data, out, options):
+    "A finished cell counts only if it is the very run that would be made now"
+    hash_of_data, teachers = data_hash(data) if cells else None, {}
+    for c in cells:
+        m, method = json.loads((out/c.folder/'manifest.json').read_text())['settings'], parse_method(c.method)
+        if method.name != 'alone' and c.teacher not in teachers: teachers[c.teacher] = make_teacher(c.teacher, data)
+        model, name = teachers[c.teacher] if method.name != 'alone' else (None, None)
+        want = _settings(recipe, data, c.student, name, model, method, c.seed, options.get('taps'), _stats(options.get('teacher_stats')) if model is not None else None, options.get('amp'), hash_of_data)
+        if m != want: raise InputError(f"{out/c.folder} holds a run of other settings ({_differ(m, want)}): name another folder for this comparison, or delete it.")
 
 def _teachers(cells, data, out, options):
     "Accuracy of each teacher on the validation images, once"
@@ -673,7 +684,7 @@ def _row(self:Comparison, student, teacher, method, runs, base):
         difference=d, **{'difference low': dlow, 'difference high': dhigh}, pairs=len(seeds), p=p, **{'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.max(), 'added parameters': int(runs.added_parameters.max()),
         'published': paper[0]['value'] if paper else float('nan'), 'source': paper[0]['source'] if paper else ''})
 
-# %% ../nbs/13_experiment.ipynb #afcd7e10
+# %% ../nbs/13_experiment.ipynb #d61ef595
 @patch
 def markdown(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -691,6 +702,8 @@ def markdown(self:Comparison,
         out += [f"| {r.method} | {r.accuracy:.2f} | {num(r.sd, '.2f')} | {r.n} | {span(r.low, r.high, '.2f')} | {r.best:.2f} | {num(r.difference, '+.2f')} | {span(r['difference low'], r['difference high'], '+.2f')} "
                 f"| {num(r['p (Holm)'], '.3f')} | {r.verdict} | {num(r['ms per step'], '.0f')} | {num(r['memory (MB)'], '.0f')} | {r['added parameters']:,} | {'-' if pd.isna(r.published) else f'{r.published} ({r.source})'} |" for _,r in g.iterrows()]
         out.append('')
+    versions = {m['code']['source'] for m in self.manifests.values()}
+    if len(versions) > 1: out += [f"The runs were made by {len(versions)} versions of the code.", '']
     missing = [c for c in self.grid['cells'] if c not in self.manifests]
     if missing: out += [f"Not run: {len(missing)} of {len(self.grid['cells'])} cells ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}).", '']
     return '\n'.join(out)

@@ -92,6 +92,12 @@ def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
     assert not alive()
 
 
+def test_a_finished_cell_of_other_settings_is_not_taken(teacher, tmp_path):
+    grid(teacher, tmp_path, executor='here', seeds=1)
+    with pytest.raises(ValueError, match='recipe.*name another folder'): grid(teacher, tmp_path, executor='here', seeds=2, recipe=RECIPE.replace(lr=.5))
+    with pytest.raises(ValueError, match='data_hash'): grid(teacher, tmp_path, executor='here', data='digits?size=10', methods=['alone'])
+
+
 def test_verify_finds_an_edited_table(teacher, tmp_path):
     c = grid(teacher, tmp_path, executor='here', seeds=1)
     f = tmp_path/'table.csv'; f.write_text(f.read_text().replace('dkd', 'kdd', 1))

@@ -58,3 +58,16 @@ def test_imagenet_mobilenetv1():
     got = accuracy('imagenet_mobilenetv1_075', x, torch.tensor([i for _,i in files]), IMAGENETTE)
     print(f'{got:.2f} % of {len(files)} images')
     assert got > 95     # 98.7 to 99.0 on sharper images; these are enlarged from 128 pixels
+
+
+@needs('cifar10', 'teachers')
+def test_a_teacher_of_another_normalisation_keeps_its_accuracy():
+    from diffkd_nb.data import ImageArrays, Renormalise, STATS
+    from diffkd_nb.experiment import _Shifted, evaluate
+    x, y = mosaics(DATA/'cifar10'/'test')
+    data = ImageArrays(x[:20], y[:20], x, y, [str(i) for i in range(10)], 'part', stats=STATS['cifar10'])
+    model = load_teacher(DATA/'teachers'/'cifar10_resnet56.safetensors')
+    assert 100*evaluate(_Shifted(model, Renormalise(data.stats, STATS['imagenet'])), data)[0] == pytest.approx(93.05, abs=.051)
+    scale = lambda k: (x[:50].float()/255 - torch.tensor(STATS[k][0])[:, None, None])/torch.tensor(STATS[k][1])[:, None, None]
+    with torch.no_grad(): mapped, right, wrong = model(Renormalise(STATS['cifar10'], STATS['imagenet'])(scale('cifar10'))), model(scale('imagenet')), model(scale('cifar10'))
+    assert (mapped - right).abs().max() < 1e-3 < .1 < (wrong - right).abs().max()
