@@ -17,9 +17,9 @@ from .methods import METHODS
 from .recipes import RECIPES, get_recipe
 
 # %% auto #0
-__all__ = ['train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
+__all__ = ['at_least', 'train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
-# %% ../nbs/17_commands.ipynb #e8af5a57
+# %% ../nbs/17_commands.ipynb #bb9360a6
 _HELP = argparse.RawDescriptionHelpFormatter
 _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER (images stay on disk) | arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50'
@@ -27,7 +27,8 @@ models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ..
 methods: alone, {', '.join(METHODS)}; options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
 recipes: {', '.join(RECIPES)}"""
 
-def _number(low, kind):
+def at_least(low:float, kind=int):
+    "A type for argparse: a number that is not below `low`"
     def parse(s):
         try: v = kind(s)
         except ValueError: raise argparse.ArgumentTypeError(f'expected a number, got {s!r}')
@@ -39,13 +40,13 @@ def _common(p):
     "Options of training that both commands have"
     p.add_argument('--data', required=True, help="what to train on, such as cifar100:FOLDER")
     p.add_argument('--recipe', default='A1', help='how to train (default: A1, the paper\'s CIFAR strategy)')
-    p.add_argument('--epochs', type=_number(1, int), help="length; the recipe's schedule is scaled to it")
-    p.add_argument('--batch-size', type=_number(2, int), help="images per step, in place of the recipe's")
-    p.add_argument('--lr', type=_number(0, float), help="learning rate, in place of the recipe's")
+    p.add_argument('--epochs', type=at_least(1), help="length; the recipe's schedule is scaled to it")
+    p.add_argument('--batch-size', type=at_least(2), help="images per step, in place of the recipe's")
+    p.add_argument('--lr', type=at_least(0, float), help="learning rate, in place of the recipe's")
     p.add_argument('--teacher-stats', help="normalisation that the teacher was trained with: cifar10, cifar100 or imagenet (default: that of the data)")
     p.add_argument('--cache', help="folder for the teacher's outputs, shared by runs; only for crop and flip")
     p.add_argument('--download', action='store_true', help='fetch CIFAR into its folder if it is not there (sums are checked)')
-    p.add_argument('--workers', type=_number(0, int), help='processes that read images from disk (folder:FOLDER only; default: 2)')
+    p.add_argument('--workers', type=at_least(0), help='processes that read images from disk (folder:FOLDER only; default: 2)')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision, on a GPU')
 
@@ -66,7 +67,7 @@ def _guarded(name, work, out=None):
     except ValueError as e: print(f'{name}: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'\n{name}: interrupted. What is finished is kept{f" in {out}" if out else ""}; the same command goes on from there.', file=sys.stderr); return 130
 
-# %% ../nbs/17_commands.ipynb #8481a4d4
+# %% ../nbs/17_commands.ipynb #88fe784d
 def train_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_train`"
     p = argparse.ArgumentParser('diffkd_train', formatter_class=_HELP, description=textwrap.fill('Train one student, alone or with a teacher, and write manifest.json, log.csv and student.safetensors. '
@@ -81,7 +82,7 @@ examples:
     p.add_argument('--teacher', help='NAME@WEIGHTS.safetensors; not needed by --method alone')
     p.add_argument('--student', required=True, help='name of a model')
     p.add_argument('--method', default='diffkd', help='how to distil (default: diffkd)')
-    p.add_argument('--seed', type=_number(0, int), default=0, help='initial weights, data order, views and noise (default: 0)')
+    p.add_argument('--seed', type=at_least(0), default=0, help='initial weights, data order, views and noise (default: 0)')
     p.add_argument('--out', required=True, type=Path, help='folder of the run; made if missing')
     p.add_argument('--keep-distiller', action='store_true', help="also store the distiller's weights, for pictures")
     return p
@@ -99,7 +100,7 @@ def train_main(argv:list|None=None) -> int: # Exit status
         return 0
     return _guarded('diffkd_train', work, a.out)
 
-# %% ../nbs/17_commands.ipynb #9f1d8e22
+# %% ../nbs/17_commands.ipynb #60cf8e6a
 def compare_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_compare`"
     p = argparse.ArgumentParser('diffkd_compare', formatter_class=_HELP, description=textwrap.fill('Train every method on every pair with every seed, and say which differences are real. '
@@ -113,10 +114,10 @@ examples:
     for action in _common_actions(): p._add_action(action)
     p.add_argument('--pair', nargs=2, action='append', metavar=('TEACHER', 'STUDENT'), help='NAME@WEIGHTS.safetensors and the name of a model; may be given several times')
     p.add_argument('--methods', nargs='+', default=['alone', 'kd', 'diffkd'], help='what to compare (default: alone kd diffkd)')
-    p.add_argument('--seeds', type=_number(1, int), default=3, help='runs of each method (default: 3)')
+    p.add_argument('--seeds', type=at_least(1), default=3, help='runs of each method (default: 3)')
     p.add_argument('--reference', help='method that the others are compared with (default: alone, or the one on record)')
-    p.add_argument('--jobs', type=_number(1, int), default=1, help='runs at a time (default: 1)')
-    p.add_argument('--threads', type=_number(1, int), help='CPU threads of a run (default: all cores over --jobs)')
+    p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time (default: 1)')
+    p.add_argument('--threads', type=at_least(1), help='CPU threads of a run (default: all cores over --jobs)')
     p.add_argument('--executor', choices=list(EXECUTORS), default='process', help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
     p.add_argument('--out', type=Path, help='folder of the comparison; made if missing')
     return p
