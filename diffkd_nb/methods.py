@@ -172,13 +172,13 @@ class DIST(Distiller):
     def losses(self, student, teacher, target=None):
         return {'dist': sum(dist_loss(s.flatten(1), t.flatten(1), self.temperature, self.inter, self.intra) for s,t in zip(student, teacher))}
 
-# %% ../nbs/07_methods.ipynb #e7ebc60f
+# %% ../nbs/07_methods.ipynb #11c478f4
 class FitNet(Distiller):
     "Mean squared error of the maps behind a 1x1 convolution (Romero et al., ICLR 2015)"
     loss_names = ('fitnet',)
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
-        weight:float=100. # Factor on the loss
+        weight:float=100. # Factor on the loss; 100 is common for a middle stage, 1 is safer for the last map
     ):
         super().__init__(plan, weight)
         self.adapters.extend(nn.Conv2d(t.student.shape[0], t.teacher.shape[0], 1) for t in plan)

@@ -98,7 +98,7 @@ def plot_training(
     axs[1].set(xlabel='epoch', ylabel='mean $\\gamma$')
     return axs
 
-# %% ../nbs/14_plots.ipynb #a1b6dcd1
+# %% ../nbs/14_plots.ipynb #1fc749d2
 def plot_differences(
     table, # DataFrame with student, teacher, method, difference, `difference low`, `difference high`, verdict: `Comparison.table()`
     runs, # DataFrame with student, teacher, method, seed, accuracy: `Comparison.runs`
@@ -118,5 +118,5 @@ def plot_differences(
     ax.axvline(0, c='#777777', lw=.8)
     label = lambda r: r.method if len(pairs) < 2 else f'{r.student}: {r.method}'
     ax.set(yticks=range(len(t)), yticklabels=[label(r) for _,r in t.iterrows()], xlabel=f'accuracy, percentage points above {reference}')
-    ax.invert_yaxis()
+    ax.set_ylim(len(t) - .5, -.5)
     return ax

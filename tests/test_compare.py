@@ -98,6 +98,19 @@ def test_a_finished_cell_of_other_settings_is_not_taken(teacher, tmp_path):
     with pytest.raises(ValueError, match='data_hash'): grid(teacher, tmp_path, executor='here', data='digits?size=10', methods=['alone'])
 
 
+def test_several_pairs_and_another_reference(teacher, tmp_path):
+    c = grid(teacher, tmp_path, pairs=[(teacher, 'small:4'), (teacher, 'small:6')], executor='here')
+    t = c.table('dkd')
+    assert list(zip(t.student, t.method)) == [(s, m) for s in ('small:4', 'small:6') for m in ('alone', 'dkd')]
+    for s in ('small:4', 'small:6'):
+        runs = c.runs[c.runs.student == s].pivot(index='seed', columns='method', values='accuracy')
+        row = t[(t.student == s) & (t.method == 'alone')].iloc[0]
+        assert row.difference == pytest.approx((runs.alone - runs.dkd).mean()) and row.pairs == 2
+    text = c.markdown('dkd')
+    assert text.count('| method |') == 2 and '**small:6** from **small:8**' in text and 'differences to dkd' in text
+    assert len(c.verdicts('dkd')) == 2 and len(c.plot(reference='dkd').get_yticks()) == 2
+
+
 def test_verify_finds_an_edited_table(teacher, tmp_path):
     c = grid(teacher, tmp_path, executor='here', seeds=1)
     f = tmp_path/'table.csv'; f.write_text(f.read_text().replace('dkd', 'kdd', 1))
