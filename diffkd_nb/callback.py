@@ -102,7 +102,7 @@ def batch_index(
         raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: use a fastai DataLoader over an indexed dataset.")
     return torch.tensor([int(i) for i in idxs[learn.iter*bs:learn.iter*bs + n]])
 
-# %% ../nbs/06_callback.ipynb #5a4d77bf
+# %% ../nbs/06_callback.ipynb #d857c410
 def data_labels(
     dl # Training DataLoader
 ) -> Tensor|None: # (n,) int64, None where they cannot be had without loading the inputs
@@ -118,6 +118,7 @@ def check_options(cls, options):
     known = [p.name for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ('plan', *getattr(cls, 'needs', ()))]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in signature(cls).parameters.values())
     wrong = [] if open_ended else [o for o in options if o not in known]
+    if hasattr(cls, 'check_options'): cls.check_options(options)
     if wrong: raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, wrong))}: its options are {', '.join(known)}.")
     return partial(cls, **options)
 

@@ -19,12 +19,12 @@ from .recipes import RECIPES, get_recipe
 # %% auto #0
 __all__ = ['at_least', 'train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
-# %% ../nbs/17_commands.ipynb #bb9360a6
+# %% ../nbs/17_commands.ipynb #50e1d9dc
 _HELP = argparse.RawDescriptionHelpFormatter
 _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER (images stay on disk) | arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50'
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, package.module:function
-methods: alone, {', '.join(METHODS)}; options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
+methods: alone, {', '.join(METHODS)}; options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'; several at once: 'kd+crd'
 recipes: {', '.join(RECIPES)}"""
 
 def at_least(low:float, kind=int):

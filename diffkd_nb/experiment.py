@@ -36,7 +36,7 @@ __all__ = ['EXECUTORS', 'Method', 'parse_method', 'all_options', 'make_teacher',
            'Report', 'evaluate', 'add_same', 'verify', 'Cell', 'grid_cells', 'compare', 'interval', 'paired_test',
            'holm', 'verdict_word', 'Comparison']
 
-# %% ../nbs/13_experiment.ipynb #65151f1c
+# %% ../nbs/13_experiment.ipynb #c0626865
 class Method(NamedTuple):
     "A distillation method and its options"
     name:str # Key of `METHODS`, or `'alone'`
@@ -44,14 +44,20 @@ class Method(NamedTuple):
     task_weight:float=1. # Weight of the task's own loss
 
     def __str__(self):
-        opts = {**self.options, **({'task_weight': self.task_weight} if self.task_weight != 1 else {})}
-        return self.name + (':' + ','.join(f'{k}={v}' for k,v in opts.items()) if opts else '')
+        text = lambda name, opts: name + (':' + ','.join(f'{k}={v}' for k,v in opts.items()) if opts else '')
+        extra = {'task_weight': self.task_weight} if self.task_weight != 1 else {}
+        parts = self.name.split('+')
+        if len(parts) == 1: return text(self.name, {**self.options, **extra})
+        return '+'.join(text(p, {**self.options.get(p, {}), **(extra if i == 0 else {})}) for i,p in enumerate(parts))
 
 def parse_method(
     text:str|Method # `'alone'`, a name, or `'name:option=value,option=value'`; `task_weight` is an option of all
 ) -> Method: # `InputError` for an unknown name or a malformed option
     "Read the description of a method"
     if isinstance(text, Method): return text
+    parts = [parse_method(p) for p in re.split(r'\+(?=[a-z])', str(text))] if re.search(r'\+[a-z]', str(text)) else []
+    if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts): raise InputError(f"method {text!r}: join different methods, each once.")
+    if parts: return Method('+'.join(p.name for p in parts), {p.name: p.options for p in parts if p.options}, float(np.prod([p.task_weight for p in parts])))
     name, _, rest = str(text).partition(':')
     opts = {}
     for item in filter(None, rest.split(',')):
@@ -67,13 +73,14 @@ def parse_method(
     if not isinstance(w, (int, float)) or w < 0: raise InputError(f"method {text!r}: task_weight must be a number >= 0, got {w!r}.")
     return Method(name, opts, float(w))
 
-# %% ../nbs/13_experiment.ipynb #55dede34
+# %% ../nbs/13_experiment.ipynb #0aceb474
 def all_options(
     method:str|Method # See `parse_method`
 ) -> dict: # Option to value, defaults included
     "Every option of a method as it is used"
     method = parse_method(method)
     if method.name == 'alone': return {}
+    if '+' in method.name: return {**{p: {k: v for k,v in all_options(Method(p, method.options.get(p, {}))).items() if k != 'task_weight'} for p in method.name.split('+')}, 'task_weight': method.task_weight}
     cls = get_method(method.name)
     params = {**(signature(DiffKD).parameters if method.name == 'diffkd' else {}), **signature(cls).parameters}
     skip = {'plan', *getattr(cls, 'needs', ()), *(('student_channels', 'teacher_channels', 'kind', 'distance') if method.name == 'diffkd' else ())}

@@ -19,7 +19,7 @@ from .diffkd import DiffKDDistiller, align_maps
 # %% auto #0
 __all__ = ['METHODS', 'Distiller', 'KD', 'dkd_loss', 'DKD', 'DIST', 'FitNet', 'rkd_losses', 'RKD', 'pkt_loss', 'PKT', 'nce_loss',
            'CRD', 'find_classifier', 'SRRL', 'Gaussian', 'VID', 'ABF', 'hcl_loss', 'ReviewKD', 'ofa_loss',
-           'exit_branch', 'OFA', 'get_method']
+           'exit_branch', 'OFA', 'get_method', 'Together', 'together']
 
 # %% ../nbs/07_methods.ipynb #3337fb77
 def _f32(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -601,11 +601,56 @@ def losses(self:OFA, student, teacher, target=None):
 # %% ../nbs/07_methods.ipynb #0cdcb7d2
 METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=CRD, srrl=SRRL, vid=VID, reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller) # Distillers by name
 
-# %% ../nbs/07_methods.ipynb #6672adc4
+# %% ../nbs/07_methods.ipynb #b45cee74
 def get_method(
-    name:str # A key of `METHODS`
+    name:str # A key of `METHODS`, or several joined by `'+'`
 ) -> type: # Class of the distiller
     "A distiller's class by name; `ValueError` for an unknown one"
     if name in METHODS: return METHODS[name]
+    if isinstance(name, str) and '+' in name: return together(*name.split('+'))
     near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=.5)
     raise ValueError(f"unknown method {name!r}: {'did you mean ' + ' or '.join(map(repr, near)) + '? ' if near else ''}All: {', '.join(map(repr, METHODS))}.")
+
+# %% ../nbs/07_methods.ipynb #f102efd8
+class Together(nn.Module):
+    "Several methods, their losses side by side; see `together`"
+    parts,needs,hard_labels = (),(),False
+    def __init__(self,
+        plan:Sequence[Tap], # From `plan_taps`, with the taps of all parts
+        **options # Name of a method to a dict of its options; what the methods need
+    ):
+        super().__init__()
+        give = {k: options.pop(k) for k in self.needs if k in options}
+        self.check_options(options)
+        self.methods, self.taken = nn.ModuleDict(), {}
+        for name in self.parts:
+            cls = METHODS[name]
+            sub = [t for t in plan if _wanted(t, getattr(cls, 'default_taps', ['feature', 'logits']))] or list(plan)
+            self.methods[name] = cls(sub, **{k: give[k] for k in getattr(cls, 'needs', ()) if k in give}, **options.get(name, {}))
+        self.loss_names = tuple(f'{n}.{l}' for n,m in self.methods.items() for l in m.loss_names)
+        self.stat_names = tuple(s for m in self.methods.values() for s in getattr(m, 'stat_names', ()))
+
+    @classmethod
+    def check_options(cls, options):
+        wrong = [o for o,v in options.items() if o not in cls.parts or not isinstance(v, Mapping)]
+        if wrong: raise TypeError(f"{'+'.join(cls.parts)} takes the options of a part as a dict under its name ({', '.join(f'{p}=dict(...)' for p in cls.parts)}), got {', '.join(map(repr, wrong))}.")
+
+# %% ../nbs/07_methods.ipynb #50e0cd1a
+def _wanted(tap, default_taps): return any(tap.name == d or d in ('stages', 'exits') and tap.name.startswith(d[:-1]) for d in default_taps)
+
+@patch
+def forward(self:Together, student, teacher, target=None):
+    for m in self.methods.values():
+        for k in ('generator', 'index'):
+            if hasattr(self, k): setattr(m, k, getattr(self, k))
+    out = {f'{n}.{k}': v for n,m in self.methods.items() for k,v in m(student, teacher, target).items()}
+    self.stats = {k: v for m in self.methods.values() for k,v in getattr(m, 'stats', {}).items()}
+    return out
+
+def together(*names) -> type: # Class of a distiller
+    "A class that holds several methods; `ValueError` for an unknown or repeated one"
+    classes = [get_method(n) for n in names]
+    if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a method twice.")
+    union = lambda lists: list(dict.fromkeys(x for l in lists for x in l))
+    return type('Together', (Together,), dict(parts=names, needs=tuple(union(getattr(c, 'needs', ()) for c in classes)), hard_labels=any(getattr(c, 'hard_labels', False) for c in classes),
+                default_taps=union(getattr(c, 'default_taps', ['feature', 'logits']) for c in classes), __doc__=f"{' and '.join(names)} at once"))

@@ -111,6 +111,25 @@ def test_several_pairs_and_another_reference(teacher, tmp_path):
     assert len(c.verdicts('dkd')) == 2 and len(c.plot(reference='dkd').get_yticks()) == 2
 
 
+def test_methods_joined_by_plus(teacher, tmp_path):
+    c = grid(teacher, tmp_path, methods=['alone', 'kd+crd:k=64'], seeds=1)
+    m = c.manifests['small_4-from-small_8/kd_crd_k=64/seed0']
+    assert not c.failed and m['options']['crd']['k'] == 64 and m['options']['kd']['temperature'] == 4. and [t['name'] for t in m['taps']] == ['logits', 'feature']
+    assert {'kd.kd', 'crd.crd'} <= set((tmp_path/'small_4-from-small_8/kd_crd_k=64/seed0/log.csv').read_text().splitlines()[0].split(','))
+
+
+def test_the_published_figure_stands_beside_ours(here, tmp_path):
+    "Only on the data that the paper used; the runs are made up"
+    one = json.loads(json.dumps(next(iter(here.manifests.values()))))
+    for method,data in (('kd', 'cifar100 (50,000 for training)'), ('diffkd', 'cifar100 (50,000 for training)'), ('dkd', 'cifar100 (50,000 for training)')):
+        one['settings'].update(student='resnet20', teacher='resnet56', method=method, data=data)
+        d = tmp_path/'resnet20-from-resnet56'/method/'seed0'; d.mkdir(parents=True); (d/'manifest.json').write_text(json.dumps(one))
+    t = Comparison(tmp_path).table('kd').set_index('method')
+    assert t.published['kd'] == 70.66 and t.published['diffkd'] == 71.92 and np.isnan(t.published['dkd']) and t.source['kd'] == 'Huang et al. 2023, table 9'
+    assert '70.66 (Huang et al. 2023, table 9)' in Comparison(tmp_path).markdown('kd')
+    assert here.table().published.isna().all()
+
+
 def test_verify_finds_an_edited_table(teacher, tmp_path):
     c = grid(teacher, tmp_path, executor='here', seeds=1)
     f = tmp_path/'table.csv'; f.write_text(f.read_text().replace('dkd', 'kdd', 1))
