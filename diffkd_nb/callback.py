@@ -102,7 +102,7 @@ def batch_index(
         raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: use a fastai DataLoader over an indexed dataset.")
     return torch.tensor([int(i) for i in idxs[learn.iter*bs:learn.iter*bs + n]])
 
-# %% ../nbs/06_callback.ipynb #d857c410
+# %% ../nbs/06_callback.ipynb #ab6f8a43
 def data_labels(
     dl # Training DataLoader
 ) -> Tensor|None: # (n,) int64, None where they cannot be had without loading the inputs
@@ -115,14 +115,15 @@ def data_labels(
 
 def check_options(cls, options):
     "`cls` with options filled in; `TypeError` for one that it does not have"
-    known = [p.name for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ('plan', *getattr(cls, 'needs', ()))]
+    known = [p.name for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+             and p.name not in ('plan', *getattr(cls, 'needs', ()))]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in signature(cls).parameters.values())
     wrong = [] if open_ended else [o for o in options if o not in known]
     if hasattr(cls, 'check_options'): cls.check_options(options)
     if wrong: raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, wrong))}: its options are {', '.join(known)}.")
     return partial(cls, **options)
 
-# %% ../nbs/06_callback.ipynb #823684fe
+# %% ../nbs/06_callback.ipynb #8fc7faef
 class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
@@ -139,12 +140,16 @@ class DistillCallback(Callback):
         **options # Options of the method, where `distiller` is a name
     ):
         teacher = teacher.model if isinstance(teacher, Learner) else teacher
-        if not isinstance(teacher, nn.Module): raise TypeError(f"teacher must be an nn.Module or a fastai Learner, got {type(teacher).__name__}: {str(teacher)[:60]!r}.")
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher must be an nn.Module or a fastai Learner, got {type(teacher).__name__}: {str(teacher)[:60]!r}.")
         if isinstance(distiller, str): distiller = check_options(get_method(distiller), options)
-        elif options: raise TypeError(f"unexpected arguments {', '.join(map(repr, options))}: options of the method go with its name, or into the distiller.")
-        if not isinstance(distiller, nn.Module) and not callable(distiller): raise TypeError(f"distiller must be an nn.Module, a function from a plan to one or the name of a method, got {type(distiller).__name__}.")
+        elif options:
+            raise TypeError(f"unexpected arguments {', '.join(map(repr, options))}: options of the method go with its name, or into the distiller.")
+        if not isinstance(distiller, nn.Module) and not callable(distiller):
+            raise TypeError(f"distiller must be an nn.Module, a function from a plan to one or the name of a method, got {type(distiller).__name__}.")
         if taps is None: taps = getattr(getattr(distiller, 'func', distiller), 'default_taps', None)
-        if taps is not None and not isinstance(taps, str) and not len(taps): raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
+        if taps is not None and not isinstance(taps, str) and not len(taps):
+            raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
         self.teacher,self.make_distiller,self.requested,self.task_weight,self.seed,self.compile,self.verbose = teacher,distiller,taps,task_weight,seed,compile,verbose
         self.teacher_transform,self.cache = teacher_transform,cache
         self.plan,self.distiller,self.planned_for,self.tail,self.noise_generator = None,None,None,None,None
@@ -176,7 +181,7 @@ def make_plan(self:DistillCallback):
 def after_create(self:DistillCallback):
     if not hasattr(self.learn.dls.train, '__len__') or len(self.learn.dls.train): self.make_plan()
 
-# %% ../nbs/06_callback.ipynb #209178d2
+# %% ../nbs/06_callback.ipynb #02b49d87
 @patch
 def before_fit(self:DistillCallback):
     "Prepare a fit: plan, columns, guard; nothing for validation and prediction"
@@ -185,7 +190,8 @@ def before_fit(self:DistillCallback):
         raise ValueError("NonNativeMixedPrecision keeps its own copy of the parameters and would not train the distiller: use learn.to_fp16() or to_bf16().")
     if len(self.learn._grab_cbs(DistillCallback)) > 1:
         raise ValueError("two distillation callbacks on one Learner: remove one, or write one distiller that adds the losses of both.")
-    if num_distrib() > 1: raise ValueError("distillation in several processes is not supported yet: the distiller's gradients would not be synchronised.")
+    if num_distrib() > 1:
+        raise ValueError("distillation in several processes is not supported yet: the distiller's gradients would not be synchronised.")
     self.finish()
     self.make_plan()
     mixed = [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]
@@ -240,7 +246,7 @@ def after_batch(self:DistillCallback):
     "Take the hooks away (also after a cancelled batch)"
     if self.attached: self.student_capture.detach()
 
-# %% ../nbs/06_callback.ipynb #06129dca
+# %% ../nbs/06_callback.ipynb #5c4e061a
 @patch
 def _needs(self:DistillCallback, cls):
     "What a distiller's class asks for when it is made"
@@ -253,7 +259,8 @@ def _needs(self:DistillCallback, cls):
 @patch
 def _transform(self:DistillCallback, xb):
     "The teacher's input: the student's, through `teacher_transform` if there is one"
-    return tuple(xb) if self.teacher_transform is None else tuple(self.teacher_transform(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in xb)
+    return tuple(xb) if self.teacher_transform is None else tuple(self.teacher_transform(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in xb)
 
 @patch
 def run_teacher(self:DistillCallback,
@@ -336,11 +343,12 @@ def after_fit(self:DistillCallback):
     "End a fit; validation and prediction, which fire this event too, change nothing"
     if not self.learn.lock.locked(): self.finish()
 
-# %% ../nbs/06_callback.ipynb #8e8388dc
+# %% ../nbs/06_callback.ipynb #5589dcdb
 class TeacherlessCallback(Callback):
     "What a copy of a Learner holds in place of a `DistillCallback`: copies do not carry the teacher"
     def before_fit(self):
-        if not self.learn.lock.locked(): warn("this copy of a Learner has no teacher and trains without distillation: add a DiffKDCallback(teacher) to distil.")
+        if not self.learn.lock.locked():
+            warn("this copy of a Learner has no teacher and trains without distillation: add a DiffKDCallback(teacher) to distil.")
 
 @patch
 def __reduce__(self:DistillCallback): return Callback, (), {'learn': self.learn}
@@ -351,7 +359,7 @@ def __deepcopy__(self:DistillCallback, memo):
     if self.learn is not None: new.learn = deepcopy(self.learn, memo)
     return new
 
-# %% ../nbs/06_callback.ipynb #17378122
+# %% ../nbs/06_callback.ipynb #f0d83f8a
 @patch
 def state_dict(self:DistillCallback) -> dict: # Distiller's weights, one optimiser state per parameter, generator's state
     "All that the callback adds to a training, to be saved beside the student between epochs"
@@ -366,7 +374,8 @@ def load_state_dict(self:DistillCallback, sd:dict): # From `state_dict`
     self.tail.parked,self.tail.kind = {p: s for p,s in zip(self.tail.params, sd['optimizer']) if s},sd['kind']
     if sd['generator'] is None: self.noise_generator = None
     else:
-        if self.noise_generator is None: self.noise_generator = torch.Generator(getattr(self.learn.dls, 'device', None) or next(self.learn.model.parameters()).device)
+        if self.noise_generator is None:
+            self.noise_generator = torch.Generator(getattr(self.learn.dls, 'device', None) or next(self.learn.model.parameters()).device)
         self.noise_generator.set_state(sd['generator'])
 
 # %% ../nbs/06_callback.ipynb #ee1a2e9d

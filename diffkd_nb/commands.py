@@ -19,12 +19,14 @@ from .recipes import RECIPES, get_recipe
 # %% auto #0
 __all__ = ['at_least', 'train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
-# %% ../nbs/17_commands.ipynb #50e1d9dc
+# %% ../nbs/17_commands.ipynb #b8edb440
 _HELP = argparse.RawDescriptionHelpFormatter
 _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER (images stay on disk) | arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50'
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, package.module:function
-methods: alone, {', '.join(METHODS)}; options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'; several at once: 'kd+crd'
+methods: alone, {', '.join(METHODS)}
+         options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
+         several at once: 'kd+crd'
 recipes: {', '.join(RECIPES)}"""
 
 def at_least(low:float, kind=int):
@@ -43,7 +45,8 @@ def _common(p):
     p.add_argument('--epochs', type=at_least(1), help="length; the recipe's schedule is scaled to it")
     p.add_argument('--batch-size', type=at_least(2), help="images per step, in place of the recipe's")
     p.add_argument('--lr', type=at_least(0, float), help="learning rate, in place of the recipe's")
-    p.add_argument('--teacher-stats', help="normalisation that the teacher was trained with: cifar10, cifar100 or imagenet (default: that of the data)")
+    p.add_argument('--teacher-stats',
+                   help="normalisation that the teacher was trained with: cifar10, cifar100 or imagenet (default: that of the data)")
     p.add_argument('--cache', help="folder for the teacher's outputs, shared by runs; only for crop and flip")
     p.add_argument('--download', action='store_true', help='fetch CIFAR into its folder if it is not there (sums are checked)')
     p.add_argument('--workers', type=at_least(0), help='processes that read images from disk (folder:FOLDER only; default: 2)')
@@ -56,16 +59,20 @@ def _recipe(a):
     if a.epochs: r = r.scaled(a.epochs)
     return r.replace(**{k: v for k,v in dict(batch_size=a.batch_size, lr=a.lr).items() if v is not None})
 
-def _options(a): return {k: v for k,v in dict(teacher_stats=a.teacher_stats, cache=a.cache, device=a.device, amp=a.amp, num_workers=a.workers).items() if v is not None}
+def _options(a):
+    return {k: v for k,v in dict(teacher_stats=a.teacher_stats, cache=a.cache, device=a.device, amp=a.amp,
+                                 num_workers=a.workers).items() if v is not None}
 
-# %% ../nbs/17_commands.ipynb #429a124b
+# %% ../nbs/17_commands.ipynb #0ca0e792
 def _guarded(name, work, out=None):
     "Run a command's work; mistakes of the user and interruptions become one line and an exit status"
     plt.switch_backend('Agg')
     try: return work()
     except (InputError, FileNotFoundError) as e: print(f'{name}: {e}', file=sys.stderr); return 2
     except ValueError as e: print(f'{name}: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f'\n{name}: interrupted. What is finished is kept{f" in {out}" if out else ""}; the same command goes on from there.', file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print(f'\n{name}: interrupted. What is finished is kept{f" in {out}" if out else ""}; the same command goes on from there.', file=sys.stderr)
+        return 130
 
 # %% ../nbs/17_commands.ipynb #88fe784d
 def train_parser() -> argparse.ArgumentParser:
@@ -100,7 +107,7 @@ def train_main(argv:list|None=None) -> int: # Exit status
         return 0
     return _guarded('diffkd_train', work, a.out)
 
-# %% ../nbs/17_commands.ipynb #60cf8e6a
+# %% ../nbs/17_commands.ipynb #b328f7f0
 def compare_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_compare`"
     p = argparse.ArgumentParser('diffkd_compare', formatter_class=_HELP, description=textwrap.fill('Train every method on every pair with every seed, and say which differences are real. '
@@ -112,13 +119,15 @@ examples:
   diffkd_compare --show cmp --reference kd""")
     p.add_argument('--show', type=Path, help='print a stored comparison and train nothing')
     for action in _common_actions(): p._add_action(action)
-    p.add_argument('--pair', nargs=2, action='append', metavar=('TEACHER', 'STUDENT'), help='NAME@WEIGHTS.safetensors and the name of a model; may be given several times')
+    p.add_argument('--pair', nargs=2, action='append', metavar=('TEACHER', 'STUDENT'),
+                   help='NAME@WEIGHTS.safetensors and the name of a model; may be given several times')
     p.add_argument('--methods', nargs='+', default=['alone', 'kd', 'diffkd'], help='what to compare (default: alone kd diffkd)')
     p.add_argument('--seeds', type=at_least(1), default=3, help='runs of each method (default: 3)')
     p.add_argument('--reference', help='method that the others are compared with (default: alone, or the one on record)')
     p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time (default: 1)')
     p.add_argument('--threads', type=at_least(1), help='CPU threads of a run (default: all cores over --jobs)')
-    p.add_argument('--executor', choices=list(EXECUTORS), default='process', help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
+    p.add_argument('--executor', choices=list(EXECUTORS), default='process',
+                   help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
     p.add_argument('--out', type=Path, help='folder of the comparison; made if missing')
     return p
 
@@ -128,7 +137,7 @@ def _common_actions():
     for a in p._actions: a.required = False
     return p._actions
 
-# %% ../nbs/17_commands.ipynb #d8a06c2b
+# %% ../nbs/17_commands.ipynb #9fa8b808
 def compare_main(argv:list|None=None) -> int: # Exit status
     "The command `diffkd_compare`"
     p = compare_parser(); a = p.parse_args(argv)
@@ -137,11 +146,17 @@ def compare_main(argv:list|None=None) -> int: # Exit status
         if lacks: p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER)")
     def work():
         if a.show: result = Comparison(a.show)
-        else: result = compare(a.pair, a.methods, a.seeds, _recipe(a), a.data, a.out, a.reference or 'alone', a.jobs, a.threads, a.executor, **_options(a))
+        else:
+            result = compare(a.pair, a.methods, a.seeds, _recipe(a), a.data, a.out, a.reference or 'alone', a.jobs, a.threads, a.executor,
+                             **_options(a))
         if not result.manifests: raise InputError(f'{result.folder} holds no finished run{"" if not result.failed else "; see the messages above"}.')
         ref = a.reference or result.grid['reference']
         print('\n' + result.markdown(ref)); print('\n'.join(result.verdicts(ref)))
-        if not a.show: result.plot(reference=ref); plt.savefig(a.out/'differences.png', dpi=110); plt.close(); print(f'\nTable, verdicts and picture: {a.out.resolve()}')
+        if not a.show:
+            result.plot(reference=ref)
+            plt.savefig(a.out/'differences.png', dpi=110)
+            plt.close()
+            print(f'\nTable, verdicts and picture: {a.out.resolve()}')
         return 1 if result.failed else 0
     return _guarded('diffkd_compare', work, a.out)
 
@@ -169,12 +184,14 @@ def verify_main(argv:list|None=None) -> int: # Exit status
         return 0 if report else 1
     return _guarded('diffkd_verify', work)
 
-# %% ../nbs/17_commands.ipynb #7c1f5248
+# %% ../nbs/17_commands.ipynb #5402fa78
 def main(argv:list|None=None) -> int: # Exit status
     "`train`, `compare` or `verify` as the first argument"
     argv = sys.argv[1:] if argv is None else argv
     known = dict(train=train_main, compare=compare_main, verify=verify_main)
-    if not argv or argv[0] not in known: print(f"usage: python -m diffkd_nb.commands {{{','.join(known)}}} ... (--help after each)", file=sys.stderr); return 2
+    if not argv or argv[0] not in known:
+        print(f"usage: python -m diffkd_nb.commands {{{','.join(known)}}} ... (--help after each)", file=sys.stderr)
+        return 2
     return known[argv[0]](argv[1:])
 
 # %% ../nbs/17_commands.ipynb #5f6a0399

@@ -50,7 +50,7 @@ def csv_text(rows) -> str:
     w = csv.DictWriter(f, keys, lineterminator='\n'); w.writeheader(); w.writerows(rows)
     return f.getvalue()
 
-# %% ../nbs/10_data.ipynb #b57aedf6
+# %% ../nbs/10_data.ipynb #a1db0281
 @dataclass(frozen=True)
 class ImageArrays:
     "Images in memory, split into training and validation"
@@ -65,7 +65,8 @@ class ImageArrays:
 
     def __post_init__(self):
         for x,y,what in ((self.x, self.y, 'training'), (self.xv, self.yv, 'validation')):
-            if len(x) != len(y) or x.dim() != 4 or x.dtype != torch.uint8: raise InputError(f"{self.name}: {what} images must be uint8 (N, C, H, W) with N labels, got {x.dtype} {tuple(x.shape)} and {len(y)} labels.")
+            if len(x) != len(y) or x.dim() != 4 or x.dtype != torch.uint8:
+                raise InputError(f"{self.name}: {what} images must be uint8 (N, C, H, W) with N labels, got {x.dtype} {tuple(x.shape)} and {len(y)} labels.")
         if self.stats is None: object.__setattr__(self, 'stats', _own_stats(self.x))
         object.__setattr__(self, 'stats', tuple(tuple(float(v) for v in s) for s in self.stats))
 
@@ -84,7 +85,7 @@ def _own_stats(x):
     mean = s/n
     return mean.tolist(), (q/n - mean**2).clamp_min(1e-6).sqrt().tolist()
 
-# %% ../nbs/10_data.ipynb #a1739468
+# %% ../nbs/10_data.ipynb #fe7968be
 def digits_data(
     n:int=1000, # Training images
     size:int|None=None # Side in pixels; 8 if not given
@@ -95,7 +96,8 @@ def digits_data(
     i = np.random.RandomState(0).permutation(len(x))
     x, y = torch.tensor(x[i]*15.9375).to(torch.uint8).view(-1, 1, 8, 8), torch.tensor(y[i])
     if size and size != 8: x = nn.functional.interpolate(x.float(), size, mode='bilinear').to(torch.uint8)
-    return ImageArrays(x[:n], y[:n], x[n:], y[n:], list('0123456789'), f'digits ({n} for training)', 'digits' if n == 1000 and size in (None, 8) else '')
+    return ImageArrays(x[:n], y[:n], x[n:], y[n:], list('0123456789'), f'digits ({n} for training)',
+                       'digits' if n == 1000 and size in (None, 8) else '')
 
 # %% ../nbs/10_data.ipynb #9085122f
 _CIFAR = dict(cifar10=dict(label=0, row=3073, n=10, train='data_batch*.bin', test='test_batch.bin', names='batches.meta.txt', cls=datasets.CIFAR10),
@@ -123,7 +125,7 @@ def _cifar_bin(folder, kind):
     names = folder/c['names']
     return parts, names.read_text().split() if names.is_file() else None
 
-# %% ../nbs/10_data.ipynb #980fbeff
+# %% ../nbs/10_data.ipynb #2a6a110a
 def _cifar_python(folder, kind, download):
     "The same from the official pickles, through torchvision (which checks their sums)"
     parts, cls = [], _CIFAR[kind]['cls']
@@ -131,11 +133,12 @@ def _cifar_python(folder, kind, download):
     for train in (True, False):
         try: d = cls(root, train=train, download=download)
         except RuntimeError as e: raise InputError(f"{root/cls.base_folder} is not complete: {e} Download it again, or pass download=True.") from None
-        except OSError as e: raise InputError(f"{kind} cannot be downloaded to {root}: {e}. Get {cls.filename} from {cls.url} and unpack it there.") from None
+        except OSError as e:
+            raise InputError(f"{kind} cannot be downloaded to {root}: {e}. Get {cls.filename} from {cls.url} and unpack it there.") from None
         parts += [torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)]
     return parts, d.classes
 
-# %% ../nbs/10_data.ipynb #35a490ca
+# %% ../nbs/10_data.ipynb #5ceaa005
 _EXT = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.ppm', '.tif', '.tiff'}
 def _class_folders(root, deep=False):
     "Class name to image files; `deep` takes the folder that an image lies in, at any depth"
@@ -153,7 +156,8 @@ def _splits(folder, deep=False):
     if len(train) < 2:
         raise InputError(f"{folder} has {len(train)} class folders with images{': ' + [*train][0] if train else ''}, expected at least two "
                          "(class/image.png), or train/ and val/ with class folders in them.")
-    if set(valid) - set(train): raise InputError(f"{val} has classes that are not in {folder/'train'}: {', '.join(sorted(set(valid) - set(train))[:5])}.")
+    if set(valid) - set(train):
+        raise InputError(f"{val} has classes that are not in {folder/'train'}: {', '.join(sorted(set(valid) - set(train))[:5])}.")
     return train, valid
 
 # %% ../nbs/10_data.ipynb #ca8b7f70
@@ -178,7 +182,7 @@ def _load(files, classes, size, bad):
     if not xs: return torch.empty(0, 3, size or 1, size or 1, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
     return torch.stack(xs), torch.tensor(ys)
 
-# %% ../nbs/10_data.ipynb #4d42f14f
+# %% ../nbs/10_data.ipynb #40383a9d
 def _tell_corrupt(bad, corrupt):
     "Stop because of unreadable images, or say which are left out"
     if not bad: return
@@ -200,10 +204,11 @@ def folder_arrays(
     parts = [*_load(few(train), classes, size, bad), *_load(few(valid), classes, size, bad)]
     _tell_corrupt([f for f,_ in bad], corrupt)
     for y,what in ((parts[1], 'training'), (parts[3], 'validation')):
-        if len(y) < 2: raise InputError(f"{folder} gives {len(y)} {what} images: more are needed (a class folder of five or more keeps every fifth for validation).")
+        if len(y) < 2:
+            raise InputError(f"{folder} gives {len(y)} {what} images: more are needed (a class folder of five or more keeps every fifth for validation).")
     return ImageArrays(*parts, classes, f'{folder.name} ({size} px)', f'arrays:{folder}?size={size}' + (f'&limit={limit}' if limit else ''))
 
-# %% ../nbs/10_data.ipynb #122ee810
+# %% ../nbs/10_data.ipynb #c0f7e607
 def cifar_data(
     kind:str, # `'cifar10'` or `'cifar100'`
     folder:Path, # Holds the binary files, the pickles, or train/ and test/ with folders of PNG
@@ -219,9 +224,11 @@ def cifar_data(
         parts, names, bad = [], [*train], []
         for split in (train, valid): parts += _load(split, names, None, bad)
         _tell_corrupt([f for f,_ in bad], 'stop')
-        if parts[0].shape[1:] != (3, 32, 32) or len(names) != c['n']: raise InputError(f"{folder} has {len(names)} classes of images of {tuple(parts[0].shape[2:])}, expected {c['n']} of (32, 32) for {kind}.")
+        if parts[0].shape[1:] != (3, 32, 32) or len(names) != c['n']:
+            raise InputError(f"{folder} has {len(names)} classes of images of {tuple(parts[0].shape[2:])}, expected {c['n']} of (32, 32) for {kind}.")
     elif download or any((p/c['cls'].base_folder).is_dir() for p in (folder, folder.parent)): parts, names = _cifar_python(folder, kind, download)
-    else: raise InputError(f"{folder} holds no {kind}: expected {c['train']} and {c['test']}, or {c['cls'].base_folder}/, or train/ and test/ with class folders. download=True fetches it.")
+    else:
+        raise InputError(f"{folder} holds no {kind}: expected {c['train']} and {c['test']}, or {c['cls'].base_folder}/, or train/ and test/ with class folders. download=True fetches it.")
     return _finish(kind, folder, parts, names, limit)
 
 # %% ../nbs/10_data.ipynb #a6d17d39
@@ -276,7 +283,7 @@ class _Arrays:
     def __getitem__(self, i): return self.x[i], self.y[i]
     def new_empty(self): return _Arrays(self.x[:0], self.y[:0])
 
-# %% ../nbs/10_data.ipynb #90947578
+# %% ../nbs/10_data.ipynb #1d255c05
 class ArrayDL(DataLoader):
     "Batches from images in memory; after a batch `batch_index` and `batch_view` say what it holds"
     def __init__(self, dataset, stats=((0.,), (1.,)), views:Views|None=None, seed:int=0, **kwargs):
@@ -285,7 +292,8 @@ class ArrayDL(DataLoader):
         self.batch_index = self.batch_view = None
         self.set_epoch(0)
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{**dict(stats=self.stats, views=self.views, seed=self.seed), **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{**dict(stats=self.stats, views=self.views, seed=self.seed), **kwargs})
 
     @property
     def labels(self): return self.dataset.y
@@ -310,7 +318,7 @@ class ArrayDL(DataLoader):
             if self.views: b = apply_views(b, self.batch_view.to(x.device), self.views)
             yield (b.float()/255 - mean)/std, y[i.to(y.device)]
 
-# %% ../nbs/10_data.ipynb #d5cd0522
+# %% ../nbs/10_data.ipynb #632d01d7
 def _views(augmentation):
     "`Views` for the names of a recipe's augmentation; `InputError` for what images in memory cannot have"
     unknown = [a for a in augmentation if a not in ('crop', 'flip')]
@@ -328,7 +336,8 @@ def array_dls(
 ) -> DataLoaders:
     "DataLoaders of images in memory"
     dev = torch.device(device or 'cpu')
-    if batch_size > len(data.x): raise InputError(f"{data.name}: {len(data.x)} training images are fewer than one batch of {batch_size}: lower the batch size or add images.")
+    if batch_size > len(data.x):
+        raise InputError(f"{data.name}: {len(data.x)} training images are fewer than one batch of {batch_size}: lower the batch size or add images.")
     views = _views(augmentation)
     kw = dict(stats=data.stats, seed=seed)
     return DataLoaders(ArrayDL(_Arrays(data.x.to(dev), data.y.to(dev)), bs=batch_size, shuffle=True, drop_last=True, views=views, **kw),
@@ -351,7 +360,7 @@ def _transform(size, augmentation, stats, train):
     crop = v2.RandomResizedCrop(size) if 'crop' in augmentation else v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
     return v2.Compose([crop, *[_make(a) for a in augmentation if a != 'crop' and not a.startswith('random_erasing')], *end, *late])
 
-# %% ../nbs/10_data.ipynb #48b5fe39
+# %% ../nbs/10_data.ipynb #ee24cfdb
 class _Files:
     "Image files as a dataset; the augmentation of a sample depends on `epoch_seed` and its index alone"
     def __init__(self, files, labels, transform): self.files,self.y,self.transform,self.epoch_seed = files,labels,transform,0
@@ -376,9 +385,10 @@ class FileDL(DataLoader):
     def set_epoch(self, epoch:int): self.rng = random.Random(f'{self.seed}-{epoch}')
     def get_idxs(self):
         self.dataset.epoch_seed = self.rng.getrandbits(60)
-        return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.rng.getrandbits(60))).tolist() if self.shuffle else list(range(self.n))
+        return torch.randperm(self.n,
+                              generator=torch.Generator().manual_seed(self.rng.getrandbits(60))).tolist() if self.shuffle else list(range(self.n))
 
-# %% ../nbs/10_data.ipynb #4173b78b
+# %% ../nbs/10_data.ipynb #f5d6a22e
 @dataclass(frozen=True)
 class ImageFolder:
     "Images in class folders on disk (ImageNet's layout)"
@@ -390,7 +400,8 @@ class ImageFolder:
 
     def __post_init__(self):
         folder = Path(self.folder)
-        if not folder.is_dir(): raise InputError(f"{folder} is not a folder: expected train/ and val/ with class folders, or class folders of images.")
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder: expected train/ and val/ with class folders, or class folders of images.")
         splits = [{c: fs[:self.limit] for c,fs in s.items()} for s in _splits(folder)]
         for k,v in dict(folder=folder, files=tuple(splits), classes=[*splits[0]], channels=3, name=f"{folder.name} ({self.size} px{f', {self.limit} a class' if self.limit else ''})",
                         n_train=sum(map(len, splits[0].values())), n_valid=sum(map(len, splits[1].values())),
@@ -400,7 +411,7 @@ class ImageFolder:
         fs = [(str(f), c) for c,name in enumerate(self.classes) for f in self.files[i].get(name, [])]
         return [f for f,_ in fs], torch.tensor([c for _,c in fs], dtype=torch.long)
 
-# %% ../nbs/10_data.ipynb #f3dddb0b
+# %% ../nbs/10_data.ipynb #a4751cb7
 def folder_dls(
     data:ImageFolder, # What to load
     batch_size:int=64, # Images per step
@@ -411,12 +422,14 @@ def folder_dls(
     num_workers:int=2 # Processes that read
 ) -> DataLoaders:
     "DataLoaders of images on disk"
-    if batch_size > data.n_train: raise InputError(f"{data.name}: {data.n_train} training images are fewer than one batch of {batch_size}: lower the batch size or add images.")
+    if batch_size > data.n_train:
+        raise InputError(f"{data.name}: {data.n_train} training images are fewer than one batch of {batch_size}: lower the batch size or add images.")
     kw = dict(seed=seed, num_workers=num_workers)
     train, valid = (_Files(*data.split(i), _transform(data.size, augmentation, data.stats, i == 0)) for i in (0, 1))
-    return DataLoaders(FileDL(train, bs=batch_size, shuffle=True, drop_last=True, **kw), FileDL(valid, bs=eval_batch or 2*batch_size, **kw), device=torch.device(device or 'cpu'))
+    return DataLoaders(FileDL(train, bs=batch_size, shuffle=True, drop_last=True, **kw), FileDL(valid, bs=eval_batch or 2*batch_size, **kw),
+                       device=torch.device(device or 'cpu'))
 
-# %% ../nbs/10_data.ipynb #1561aba4
+# %% ../nbs/10_data.ipynb #c99b4059
 def open_data(
     spec, # `'digits'`, `'cifar10:FOLDER'`, `'cifar100:FOLDER'`, `'folder:FOLDER'` (on disk), `'arrays:FOLDER'` (read into memory), each with `?limit=N&size=N`; a folder; or data itself
     download:bool=False # Fetch CIFAR, checked by its sums, where the folder holds none
@@ -428,20 +441,23 @@ def open_data(
     opts = {}
     for item in filter(None, query.split('&')):
         k, _, v = item.partition('=')
-        if k not in ('limit', 'size') or not v.isdigit() or not int(v): raise InputError(f"{spec}: expected limit=N or size=N with a positive whole number after the question mark, got {item!r}.")
+        if k not in ('limit', 'size') or not v.isdigit() or not int(v):
+            raise InputError(f"{spec}: expected limit=N or size=N with a positive whole number after the question mark, got {item!r}.")
         opts[k] = int(v)
     if text == 'digits': return digits_data(**{k: v for k,v in opts.items() if k == 'size'})
     if not colon or kind not in ('cifar10', 'cifar100', 'folder', 'arrays'):
         path, kind = text, _guess(Path(text), spec)
-    if not Path(path).is_dir() and not (download and kind in _CIFAR): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {'train/ and val/ with class folders' if kind in ('folder', 'arrays') else f'the files of {kind}'} in it.")
+    if not Path(path).is_dir() and not (download and kind in _CIFAR):
+        raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {'train/ and val/ with class folders' if kind in ('folder', 'arrays') else f'the files of {kind}'} in it.")
     if kind in ('folder', 'arrays'): return (ImageFolder if kind == 'folder' else folder_arrays)(Path(path), **opts)
     if opts.get('size', 32) != 32: raise InputError(f"{spec}: images of {kind} are 32 pixels wide, size={opts['size']} does not go with it.")
     return cifar_data(kind, Path(path), opts.get('limit'), download)
 
-# %% ../nbs/10_data.ipynb #d08cba7b
+# %% ../nbs/10_data.ipynb #22a15e0f
 def _guess(folder, spec):
     "Which layout a bare folder has"
-    if not folder.is_dir(): raise InputError(f"{str(spec)!r} is not a folder: expected digits, cifar10:FOLDER, cifar100:FOLDER, folder:FOLDER or a folder with one of these in it.")
+    if not folder.is_dir():
+        raise InputError(f"{str(spec)!r} is not a folder: expected digits, cifar10:FOLDER, cifar100:FOLDER, folder:FOLDER or a folder with one of these in it.")
     for kind,c in _CIFAR.items():
         if any(folder.glob(c['train'])) or (folder/c['cls'].base_folder).is_dir() or folder.name == c['cls'].base_folder: return kind
     return 'folder'

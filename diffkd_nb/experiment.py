@@ -36,7 +36,7 @@ __all__ = ['EXECUTORS', 'Method', 'parse_method', 'all_options', 'make_teacher',
            'Report', 'evaluate', 'add_same', 'verify', 'Cell', 'grid_cells', 'compare', 'interval', 'paired_test',
            'holm', 'verdict_word', 'Comparison']
 
-# %% ../nbs/13_experiment.ipynb #c0626865
+# %% ../nbs/13_experiment.ipynb #4dde2eb9
 class Method(NamedTuple):
     "A distillation method and its options"
     name:str # Key of `METHODS`, or `'alone'`
@@ -56,8 +56,11 @@ def parse_method(
     "Read the description of a method"
     if isinstance(text, Method): return text
     parts = [parse_method(p) for p in re.split(r'\+(?=[a-z])', str(text))] if re.search(r'\+[a-z]', str(text)) else []
-    if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts): raise InputError(f"method {text!r}: join different methods, each once.")
-    if parts: return Method('+'.join(p.name for p in parts), {p.name: p.options for p in parts if p.options}, float(np.prod([p.task_weight for p in parts])))
+    if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts):
+        raise InputError(f"method {text!r}: join different methods, each once.")
+    if parts:
+        return Method('+'.join(p.name for p in parts), {p.name: p.options for p in parts if p.options},
+                      float(np.prod([p.task_weight for p in parts])))
     name, _, rest = str(text).partition(':')
     opts = {}
     for item in filter(None, rest.split(',')):
@@ -73,20 +76,23 @@ def parse_method(
     if not isinstance(w, (int, float)) or w < 0: raise InputError(f"method {text!r}: task_weight must be a number >= 0, got {w!r}.")
     return Method(name, opts, float(w))
 
-# %% ../nbs/13_experiment.ipynb #0aceb474
+# %% ../nbs/13_experiment.ipynb #47d2506f
 def all_options(
     method:str|Method # See `parse_method`
 ) -> dict: # Option to value, defaults included
     "Every option of a method as it is used"
     method = parse_method(method)
     if method.name == 'alone': return {}
-    if '+' in method.name: return {**{p: {k: v for k,v in all_options(Method(p, method.options.get(p, {}))).items() if k != 'task_weight'} for p in method.name.split('+')}, 'task_weight': method.task_weight}
+    if '+' in method.name:
+        return {**{p: {k: v for k,v in all_options(Method(p, method.options.get(p, {}))).items() if k != 'task_weight'}
+                   for p in method.name.split('+')}, 'task_weight': method.task_weight}
     cls = get_method(method.name)
     params = {**(signature(DiffKD).parameters if method.name == 'diffkd' else {}), **signature(cls).parameters}
     skip = {'plan', *getattr(cls, 'needs', ()), *(('student_channels', 'teacher_channels', 'kind', 'distance') if method.name == 'diffkd' else ())}
-    return {**{n: p.default for n,p in params.items() if n not in skip and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, **method.options, 'task_weight': method.task_weight}
+    return {**{n: p.default for n,p in params.items() if n not in skip and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, **method.options,
+            'task_weight': method.task_weight}
 
-# %% ../nbs/13_experiment.ipynb #0849c318
+# %% ../nbs/13_experiment.ipynb #ee07c16c
 def make_teacher(
     spec:str|nn.Module, # `'name@weights.safetensors'`, or a module
     data:ImageArrays|ImageFolder # Says classes, channels and size
@@ -94,7 +100,8 @@ def make_teacher(
     "A trained teacher by its description"
     if isinstance(spec, nn.Module): return spec, type(spec).__name__
     name, at, file = str(spec).partition('@')
-    if not at: raise InputError(f"teacher {spec!r}: expected NAME@FILE.safetensors, such as resnet56@teacher.safetensors. A teacher without trained weights teaches nothing.")
+    if not at:
+        raise InputError(f"teacher {spec!r}: expected NAME@FILE.safetensors, such as resnet56@teacher.safetensors. A teacher without trained weights teaches nothing.")
     with same_rng(): return load_weights(make_model(name, len(data.classes), data.channels, data.size), file), name
 
 def _stats(spec):
@@ -127,7 +134,7 @@ def manifest_hash(manifest:dict) -> str:
     "Hash of a manifest without its own hash"
     return hashlib.sha256(json.dumps({k: v for k,v in manifest.items() if k != 'hash'}, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/13_experiment.ipynb #210a30f8
+# %% ../nbs/13_experiment.ipynb #7cb54957
 class EpochOrder(Callback):
     "Makes order and views of an epoch depend on its number and the seed alone"
     order = -20
@@ -147,7 +154,8 @@ class RunLog(Callback):
         if not self.active: return      # skipped when a run is taken up again
         self.active = False
         log = dict(zip(self.recorder.metric_names, self.recorder.log))
-        row = {'epoch': self.epoch+1, **{k: v for k,v in log.items() if k not in ('epoch', 'time')}, 'train_loss': float(self.sum)/max(self.seen, 1), 'lr': float(self.opt.hypers[-1]['lr'])}
+        row = {'epoch': self.epoch+1, **{k: v for k,v in log.items() if k not in ('epoch', 'time')}, 'train_loss': float(self.sum)/max(self.seen, 1),
+               'lr': float(self.opt.hypers[-1]['lr'])}
         self.rows.append({k: v if isinstance(v, int) else float(f'{float(v):.8g}') for k,v in row.items()})
 
 # %% ../nbs/13_experiment.ipynb #afe5094d
@@ -165,12 +173,13 @@ def set_rng_state(s:dict):
     torch.set_rng_state(s['torch'])
     if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/13_experiment.ipynb #2fe6ed73
+# %% ../nbs/13_experiment.ipynb #1fde63c7
 class Checkpoint(Callback):
     "After each epoch, writes all that a run needs to go on, and the log"
     order = 80
     def __init__(self, folder, settings, every=1): self.folder,self.settings,self.every = Path(folder),settings,every
-    def parts(self): return {type(cb).__name__: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
+    def parts(self):
+        return {type(cb).__name__: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
     def after_epoch(self):
         log = self.run_log
         if not log.rows or log.rows[-1]['epoch'] != self.epoch+1: return
@@ -187,13 +196,15 @@ class Checkpoint(Callback):
         for k,cb in self.parts().items(): cb.load_state_dict(state['callbacks'][k])
         set_rng_state(state['rng'])
 
-# %% ../nbs/13_experiment.ipynb #4b17044c
+# %% ../nbs/13_experiment.ipynb #284cab39
 def _settings(recipe, data, student, teacher_name, teacher, method, seed, taps, stats, amp, hash_of_data=None):
     "All that decides the outcome of a run; paths are left out, hashes stand for what they hold"
     return json.loads(json.dumps(dict(recipe=recipe.to_dict(), data=data.name, data_hash=hash_of_data or data_hash(data), student=student, teacher=teacher_name, teacher_hash=None if teacher is None else state_hash(teacher),
         method=str(method), taps=taps, teacher_stats=stats, precision=amp or 'float32', seed=seed)))
 
-def _differ(old, new): return '; '.join(f'{k}: {old.get(k)!r} there, {new.get(k)!r} now' for k in new if old.get(k) != new.get(k)) or '; '.join(sorted(set(old) - set(new)))
+def _differ(old, new):
+    return '; '.join(f'{k}: {old.get(k)!r} there, {new.get(k)!r} now'
+                     for k in new if old.get(k) != new.get(k)) or '; '.join(sorted(set(old) - set(new)))
 
 @contextmanager
 def _only_one(folder):
@@ -221,7 +232,7 @@ def _take_up(out, settings):
     if json.loads(state['settings']) != settings: raise other(json.loads(state['settings']))
     return None, state
 
-# %% ../nbs/13_experiment.ipynb #c761a7b9
+# %% ../nbs/13_experiment.ipynb #5cefc1a9
 def run(
     recipe:str|Recipe, # How to train, see `RECIPES`
     data, # What on, see `open_data`
@@ -250,7 +261,9 @@ def run(
     settings = _settings(recipe, data, student, t_name, t_model, method, seed, taps, _stats(teacher_stats) if t_model is not None else None, amp)
     with _only_one(out):
         manifest, state = _take_up(out, settings)
-        if manifest is None: manifest = _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, eval_batch, checkpoint_every, keep_distiller, progress, loader)
+        if manifest is None:
+            manifest = _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, eval_batch,
+                              checkpoint_every, keep_distiller, progress, loader)
     return manifest
 
 # %% ../nbs/13_experiment.ipynb #c3588ff3
@@ -271,7 +284,7 @@ def _learner(recipe, data, t_model, student, method, seed, device, taps, teacher
     set_seed(10_000 + seed, reproducible=True)      # dropout and the like: the same for every method
     return learn
 
-# %% ../nbs/13_experiment.ipynb #f7b95ded
+# %% ../nbs/13_experiment.ipynb #dd336d6b
 class _Bar(Callback):
     "Moves a progress bar over the steps of a run"
     order = 65
@@ -279,7 +292,8 @@ class _Bar(Callback):
     def after_batch(self):
         if self.training: self.bar.update(self.epoch*self.n_iter + self.iter + 1)
 
-def _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, eval_batch, every, keep_distiller, progress, loader):
+def _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, eval_batch, every,
+           keep_distiller, progress, loader):
     "Train from the start or from a checkpoint, then write the result"
     start, began = time.perf_counter(), 0 if state is None else state['epoch']
     log, check = RunLog(*(() if state is None else (state['rows'], state['train_seconds']))), Checkpoint(out, settings, every)
@@ -294,7 +308,7 @@ def _train(recipe, data, t_model, student, method, seed, out, settings, state, d
         with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs, start_epoch=began)
     return _finish(learn, log, out, settings, data, t_model, device, began, time.perf_counter() - start, keep_distiller)
 
-# %% ../nbs/13_experiment.ipynb #8c5f99d7
+# %% ../nbs/13_experiment.ipynb #fba56350
 def _finish(learn, log, out, settings, data, t_model, device, began, seconds, keep_distiller):
     "Write student and manifest; the manifest comes last, so a folder that has one is whole"
     for cb in learn.cbs:
@@ -320,7 +334,8 @@ def _finish(learn, log, out, settings, data, t_model, device, began, seconds, ke
 
 def _taps(cb):
     "Where a distillation really took its taps"
-    return None if cb is None else [dict(name=t.name, kind=t.kind, student=t.student.name, student_shape=t.student.shape, teacher=t.teacher.name, teacher_shape=t.teacher.shape) for t in cb.plan]
+    return None if cb is None else [dict(name=t.name, kind=t.kind, student=t.student.name, student_shape=t.student.shape, teacher=t.teacher.name,
+                                         teacher_shape=t.teacher.shape) for t in cb.plan]
 
 def first_distiller(learn:Learner) -> DistillCallback|None:
     "The distillation callback of a Learner, None where there is none"
@@ -343,22 +358,24 @@ class Report(list):
         runs = len({c.run for c in self})
         return '\n'.join(lines + [f"{runs} run{'s' if runs != 1 else ''}, {len(self)} checks, {len(bad)} failed, {len(skipped)} could not be made."])
 
-# %% ../nbs/13_experiment.ipynb #0428871b
+# %% ../nbs/13_experiment.ipynb #05b21926
 def _verify_files(out, m, checks):
     "Hashes and agreement of the files of one run"
     add = lambda what, ok, detail='': checks.append(Check(str(out), what, bool(ok), detail))
     add('the manifest is as it was written', m.get('hash') == manifest_hash(m), 'its hash does not fit its content')
     for f,h in m['files'].items():
-        add(f'{f} is as it was written', (out/f).is_file() and _sha(out/f) == h, 'missing' if not (out/f).is_file() else 'its hash is not the one in the manifest')
+        add(f'{f} is as it was written', (out/f).is_file() and _sha(out/f) == h,
+            'missing' if not (out/f).is_file() else 'its hash is not the one in the manifest')
     if not (out/'log.csv').is_file(): return
     try: log = list(csv.DictReader(io.StringIO((out/'log.csv').read_text()))); acc = [float(r['accuracy']) for r in log]
     except (KeyError, ValueError) as e: return add('the log can be read', False, str(e))
     add('the log has every epoch', [int(r['epoch']) for r in log] == list(range(1, m['settings']['recipe']['epochs']+1)), f'{len(log)} rows')
     r = m['result']
     add('the headline is the last epoch of the log', acc and acc[-1] == r['accuracy'], f"manifest {r['accuracy']}, log {acc[-1] if acc else None}")
-    add('the best accuracy is that of the log', acc and max(acc) == r['best_accuracy'], f"manifest {r['best_accuracy']}, log {max(acc, default=None)}")
+    add('the best accuracy is that of the log', acc and max(acc) == r['best_accuracy'],
+        f"manifest {r['best_accuracy']}, log {max(acc, default=None)}")
 
-# %% ../nbs/13_experiment.ipynb #5ac741de
+# %% ../nbs/13_experiment.ipynb #549ab90e
 def evaluate(
     model:nn.Module, # Classifier
     data, # See `open_data`
@@ -388,12 +405,15 @@ def _verify_student(out, m, data, checks, device):
     except (ValueError, OSError) as e: return add('the student loads', False, str(e))
     add('the student is the one that was trained', state_hash(model) == m['student_hash'], 'other weights')
     acc, loss = evaluate(model, data, device)
-    add('the student gives the accuracy of the manifest', abs(acc - m['result']['accuracy']) <= 1.5/data.n_valid, f"now {acc:.4f}, manifest {m['result']['accuracy']:.4f}")
-    if not s['recipe'].get('label_smoothing'): add('the student gives the loss of the manifest', abs(loss - m['result']['valid_loss']) <= 1e-3*max(1, abs(loss)), f"now {loss:.5f}, manifest {m['result']['valid_loss']:.5f}")
+    add('the student gives the accuracy of the manifest', abs(acc - m['result']['accuracy']) <= 1.5/data.n_valid,
+        f"now {acc:.4f}, manifest {m['result']['accuracy']:.4f}")
+    if not s['recipe'].get('label_smoothing'):
+        add('the student gives the loss of the manifest', abs(loss - m['result']['valid_loss']) <= 1e-3*max(1, abs(loss)),
+            f"now {loss:.5f}, manifest {m['result']['valid_loss']:.5f}")
 
 def add_same(add, a, b): add('the data is the same', a == b, f'{a[:20]}..., manifest {b[:20]}...'); return a == b
 
-# %% ../nbs/13_experiment.ipynb #eda750dc
+# %% ../nbs/13_experiment.ipynb #5de539a1
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not where it was
@@ -404,12 +424,16 @@ def verify(
     "Check everything that a run or a comparison claims"
     folder, checks = Path(folder), Report()
     if not folder.is_dir(): raise InputError(f"{folder} is not a folder: expected a run (with manifest.json) or a folder of runs.")
-    runs = sorted({f.parent for f in folder.rglob('manifest.json')} | {f.parent for f in folder.rglob('checkpoint.pt')} | {f.parent for f in folder.rglob('student.safetensors')})
+    runs = sorted({f.parent for name in ('manifest.json', 'checkpoint.pt', 'student.safetensors') for f in folder.rglob(name)})
     if not runs: raise InputError(f"{folder} holds no runs: expected manifest.json in it or below.")
     opened = {}
     for out in runs:
-        if not (out/'manifest.json').is_file(): checks.append(Check(str(out), 'the run is finished', False, 'there is no manifest.json: start it again to finish it')); continue
-        try: m = json.loads((out/'manifest.json').read_text()); m['settings']['recipe']['epochs'], m['result']['accuracy'], m['files'], m['student_hash']
+        if not (out/'manifest.json').is_file():
+            checks.append(Check(str(out), 'the run is finished', False, 'there is no manifest.json: start it again to finish it'))
+            continue
+        try:
+            m = json.loads((out/'manifest.json').read_text())
+            m['settings']['recipe']['epochs'], m['result']['accuracy'], m['files'], m['student_hash']
         except (ValueError, KeyError, TypeError) as e: checks.append(Check(str(out), 'the manifest can be read', False, repr(e))); continue
         _verify_files(out, m, checks)
         spec = data or m['data']['spec']
@@ -419,11 +443,12 @@ def verify(
                 except InputError: opened[spec] = spec
             _verify_student(out, m, opened[spec], checks, device)
         if teacher is not None and m['settings']['teacher_hash']:
-            checks.append(Check(str(out), 'the teacher is the one on record', state_hash(load_file(teacher)) == m['settings']['teacher_hash'], 'other weights'))
+            checks.append(Check(str(out), 'the teacher is the one on record', state_hash(load_file(teacher)) == m['settings']['teacher_hash'],
+                                'other weights'))
     if (folder/'table.csv').is_file() and (folder/'grid.json').is_file(): checks.append(_verify_table(folder))
     return checks
 
-# %% ../nbs/13_experiment.ipynb #c0f5c8e4
+# %% ../nbs/13_experiment.ipynb #cb27cdf8
 class Cell(NamedTuple):
     "One run of a grid"
     teacher:str # `'name@weights.safetensors'`
@@ -439,7 +464,8 @@ class Cell(NamedTuple):
 def _run_cell(job):
     "Run one cell described by a dict of plain values"
     torch.set_num_threads(job.get('threads') or max(1, os.cpu_count() or 1))
-    return run(Recipe.from_dict(job['recipe']), job['data'], job['teacher'], job['student'], job['method'], job['seed'], job['out'], progress=False, **job['options'])
+    return run(Recipe.from_dict(job['recipe']), job['data'], job['teacher'], job['student'], job['method'], job['seed'], job['out'], progress=False,
+               **job['options'])
 
 def _cell_main():
     "What a worker process does: a job as JSON on standard input, exit status 0 or 1, the error as the last line of standard error"
@@ -452,7 +478,7 @@ def _cell_main():
     except KeyboardInterrupt: sys.exit(130)
     except InputError as e: sys.exit(f'InputError: {e}')
 
-# %% ../nbs/13_experiment.ipynb #6cbff33b
+# %% ../nbs/13_experiment.ipynb #8e2c59f5
 class _Processes:
     "Runs jobs in processes of this machine, a few at a time"
     def __init__(self, jobs): self.jobs = jobs
@@ -470,14 +496,16 @@ class _Processes:
                 time.sleep(.2); tick()
                 for p in [p for p in running if p.poll() is not None]:
                     job, err = running.pop(p); err.seek(0); text = err.read().strip(); err.close()
-                    if p.returncode: failed[job['out']] = (text.splitlines() or ['no message'])[-1] + (f' (killed by signal {-p.returncode})' if p.returncode < 0 else '')
+                    if p.returncode:
+                        signal = f' (killed by signal {-p.returncode})' if p.returncode < 0 else ''
+                        failed[job['out']] = (text.splitlines() or ['no message'])[-1] + signal
                     else: Path(job['log']).unlink(missing_ok=True)
         finally:
             for p in running: p.terminate()
             for p in running: p.wait()
         return failed
 
-# %% ../nbs/13_experiment.ipynb #3bbc9f28
+# %% ../nbs/13_experiment.ipynb #dab4cea3
 def _ray_cell(job, token):
     "A cell on a Ray worker; gives (error or None, files to write or {})"
     out = Path(job['out'])
@@ -492,7 +520,8 @@ class _Ray:
     def __init__(self, jobs): self.jobs = jobs
     def __call__(self, todo, tick):
         try: import ray
-        except ImportError: raise InputError("executor='ray' needs Ray, which is not installed: pip install 'ray[default]', or use executor='process'.") from None
+        except ImportError:
+            raise InputError("executor='ray' needs Ray, which is not installed: pip install 'ray[default]', or use executor='process'.") from None
         started = not ray.is_initialized()
         if started: ray.init(num_cpus=self.jobs, include_dashboard=False, log_to_driver=False, configure_logging=False)
         failed, todo = {}, list(todo)
@@ -541,7 +570,7 @@ def grid_cells(pairs, methods, seeds) -> list[Cell]:
         if len(p) != 2: raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
-# %% ../nbs/13_experiment.ipynb #ab2ab24f
+# %% ../nbs/13_experiment.ipynb #1f8fbe4f
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
@@ -559,11 +588,13 @@ def compare(
     "Train every method on every pair with every seed, and compare; call it again to go on after an interruption or to add seeds and methods"
     recipe, out = get_recipe(recipe) if isinstance(recipe, str) else recipe, Path(out)
     if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
-    if not isinstance(data, str): raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, got {type(data).__name__}.")
+    if not isinstance(data, str):
+        raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, got {type(data).__name__}.")
     cells, opened = grid_cells(pairs, methods, seeds), open_data(data)
     _check_pairs(cells, opened, options)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    job = lambda c: dict(recipe=recipe.to_dict(), data=data, teacher=c.teacher, student=c.student, method=c.method, seed=c.seed, out=str(out/c.folder), root=str(out), log=str(out/c.folder)+'.err', threads=threads, options=options)
+    job = lambda c: dict(recipe=recipe.to_dict(), data=data, teacher=c.teacher, student=c.student, method=c.method, seed=c.seed,
+                         out=str(out/c.folder), root=str(out), log=str(out/c.folder)+'.err', threads=threads, options=options)
     todo = [c for c in cells if not (out/c.folder/'manifest.json').is_file()]
     _check_finished([c for c in cells if c not in todo], recipe, opened, out, options)
     for c in cells: (out/c.folder).parent.mkdir(parents=True, exist_ok=True)
@@ -574,16 +605,20 @@ def compare(
     seen = [-1]
     def tick():
         done = sum(map(rows, todo))
-        if bar is not None and done != seen[0]: seen[0] = done; bar.comment = f"{sum((out/c.folder/'manifest.json').is_file() for c in cells)} of {len(cells)} runs"; bar.update(done)
+        if bar is not None and done != seen[0]:
+            seen[0] = done
+            bar.comment = f"{sum((out/c.folder/'manifest.json').is_file() for c in cells)} of {len(cells)} runs"
+            bar.update(done)
     failed = EXECUTORS[executor](jobs)([job(c) for c in todo], tick)
-    write_whole(out/'grid.json', json.dumps(dict(cells=[c.folder for c in cells], reference=str(parse_method(reference)), recipe=recipe.to_dict(), data=opened.name), indent=1))
+    write_whole(out/'grid.json', json.dumps(dict(cells=[c.folder for c in cells], reference=str(parse_method(reference)), recipe=recipe.to_dict(),
+                                                 data=opened.name), indent=1))
     result = Comparison(out)
     result.failed = {str(Path(k).relative_to(out)): v for k,v in failed.items()}
     for k,v in result.failed.items(): print(f'FAILED {k}: {v}', file=sys.stderr)
     result.save()
     return result
 
-# %% ../nbs/13_experiment.ipynb #e405f5b3
+# %% ../nbs/13_experiment.ipynb #845f5685
 def _check_pairs(cells, data, options):
     "Tell about a teacher, student or tap that cannot work before anything is trained"
     for t,s in dict.fromkeys((c.teacher, c.student) for c in cells):
@@ -601,8 +636,10 @@ def _check_finished(cells, recipe, data, out, options):
         m, method = json.loads((out/c.folder/'manifest.json').read_text())['settings'], parse_method(c.method)
         if method.name != 'alone' and c.teacher not in teachers: teachers[c.teacher] = make_teacher(c.teacher, data)
         model, name = teachers[c.teacher] if method.name != 'alone' else (None, None)
-        want = _settings(recipe, data, c.student, name, model, method, c.seed, options.get('taps'), _stats(options.get('teacher_stats')) if model is not None else None, options.get('amp'), hash_of_data)
-        if m != want: raise InputError(f"{out/c.folder} holds a run of other settings ({_differ(m, want)}): name another folder for this comparison, or delete it.")
+        want = _settings(recipe, data, c.student, name, model, method, c.seed, options.get('taps'),
+                         _stats(options.get('teacher_stats')) if model is not None else None, options.get('amp'), hash_of_data)
+        if m != want:
+            raise InputError(f"{out/c.folder} holds a run of other settings ({_differ(m, want)}): name another folder for this comparison, or delete it.")
 
 def _teachers(cells, data, out, options):
     "Accuracy of each teacher on the validation images, once"
@@ -655,7 +692,7 @@ def verdict_word(difference:float, p:float, level:float=.05) -> str: # 'better',
     "A difference in words"
     return 'one seed' if np.isnan(p) else 'not distinguishable' if p > level else 'better' if difference > 0 else 'worse'
 
-# %% ../nbs/13_experiment.ipynb #9b6b37eb
+# %% ../nbs/13_experiment.ipynb #c6733995
 class Comparison:
     "All runs below a folder, as a table, a plot and sentences"
     def __init__(self, folder:Path):
@@ -676,10 +713,11 @@ class Comparison:
             s, r, c = m['settings'], m['result'], m['cost']
             rows.append(dict(folder=folder, student=s['student'], teacher=names.get(pair(folder), pair(folder).partition('-from-')[2]), method=s['method'], seed=s['seed'], accuracy=100*r['accuracy'],
                              best=100*r['best_accuracy'], ms_per_step=c['ms_per_step'], memory_mb=c['peak_memory_mb'], added_parameters=c['added_parameters'], seconds=c['seconds'], recipe=s['recipe']['name'], data=s['data']))
-        columns = ['folder', 'student', 'teacher', 'method', 'seed', 'accuracy', 'best', 'ms_per_step', 'memory_mb', 'added_parameters', 'seconds', 'recipe', 'data']
+        columns = ['folder', 'student', 'teacher', 'method', 'seed', 'accuracy', 'best', 'ms_per_step', 'memory_mb', 'added_parameters', 'seconds',
+                   'recipe', 'data']
         return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
 
-# %% ../nbs/13_experiment.ipynb #1ac011fe
+# %% ../nbs/13_experiment.ipynb #3dd46489
 @patch
 def table(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -689,10 +727,13 @@ def table(self:Comparison,
     order = list(dict.fromkeys(c.split('/')[1] for c in self.grid['cells']))
     rows = []
     for (student,teacher),group in runs.groupby(['student', 'teacher'], sort=False):
-        methods = sorted(group.method.unique(), key=lambda m: order.index(f) if (f := group[group.method == m].folder.iloc[0].split('/')[-2]) in order else len(order))
+        methods = sorted(group.method.unique(),
+                         key=lambda m: order.index(f) if (f := group[group.method == m].folder.iloc[0].split('/')[-2]) in order else len(order))
         base = group[group.method == ref].set_index('seed').accuracy
         part = [self._row(student, teacher, m, group[group.method == m], base if m != ref else None) for m in methods]
-        for row,p in zip(part, holm([r['p'] for r in part])): row['p (Holm)'] = p; row['verdict'] = '' if row['method'] == ref else verdict_word(row['difference'], p) if len(base) else 'no reference'
+        for row,p in zip(part, holm([r['p'] for r in part])):
+            row['p (Holm)'] = p
+            row['verdict'] = '' if row['method'] == ref else verdict_word(row['difference'], p) if len(base) else 'no reference'
         rows += part
     return pd.DataFrame(rows)
 
@@ -709,7 +750,7 @@ def _row(self:Comparison, student, teacher, method, runs, base):
         difference=d, **{'difference low': dlow, 'difference high': dhigh}, pairs=len(seeds), p=p, **{'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.max(), 'added parameters': int(runs.added_parameters.max()),
         'published': paper[0]['value'] if paper else float('nan'), 'source': paper[0]['source'] if paper else ''})
 
-# %% ../nbs/13_experiment.ipynb #d61ef595
+# %% ../nbs/13_experiment.ipynb #991f0458
 @patch
 def markdown(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -730,7 +771,8 @@ def markdown(self:Comparison,
     versions = {m['code']['source'] for m in self.manifests.values()}
     if len(versions) > 1: out += [f"The runs were made by {len(versions)} versions of the code.", '']
     missing = [c for c in self.grid['cells'] if c not in self.manifests]
-    if missing: out += [f"Not run: {len(missing)} of {len(self.grid['cells'])} cells ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}).", '']
+    if missing:
+        out += [f"Not run: {len(missing)} of {len(self.grid['cells'])} cells ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}).", '']
     return '\n'.join(out)
 
 @patch

@@ -181,7 +181,7 @@ def mobilenetv2_cifar(n_classes:int=100, in_chans:int=3, width:float=.5) -> nn.S
         for b in range(n): layers.append(_Inverted(c, int(o*width), s if b == 0 else 1, t)); c = int(o*width)
     return _init(nn.Sequential(*layers, _conv_bn(c, 1280, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, n_classes)))
 
-# %% ../nbs/11_models.ipynb #f0b7b8e6
+# %% ../nbs/11_models.ipynb #f083fb2b
 class _Shuffle(nn.Module):
     "Mix the groups of channels: (g, c) to (c, g)"
     def __init__(self, groups): super().__init__(); self.groups = groups
@@ -193,7 +193,8 @@ class _ShuffleV1(nn.Module):
         super().__init__()
         o2, g = o - i if stride == 2 else o, 1 if i == 24 else groups
         mid = o2//4
-        self.body = nn.Sequential(_conv_bn(i, mid, 1, groups=g), _Shuffle(g), _conv_bn(mid, mid, 3, stride, mid), _conv_bn(mid, o2, 1, groups=groups, act=False))
+        self.body = nn.Sequential(_conv_bn(i, mid, 1, groups=g), _Shuffle(g), _conv_bn(mid, mid, 3, stride, mid),
+                                  _conv_bn(mid, o2, 1, groups=groups, act=False))
         self.pool = nn.AvgPool2d(3, 2, 1) if stride == 2 else None
     def forward(self, x): y = self.body(x); return F.relu(torch.cat([y, self.pool(x)], 1) if self.pool is not None else y + x)
 
@@ -235,7 +236,7 @@ MODELS = { # Name to a function of (n_classes, in_chans)
     'resnet50_cifar': resnet50_cifar, 'mobilenetv2_cifar': mobilenetv2_cifar, 'shufflenetv1': shufflenetv1, 'shufflenetv2': shufflenetv2,
     'mobilenetv1': MobileNetV1, 'mobilenetv1_075_tf': partial(MobileNetV1, width=.75, asymmetric=True)}
 
-# %% ../nbs/11_models.ipynb #da1bc88f
+# %% ../nbs/11_models.ipynb #8d203524
 def make_model(
     name:str, # A key of `MODELS`, `'small:WIDTH'`, `'timm:NAME'`, `'torchvision:NAME'`, `'package.module:function'`, or the bare name of a timm or torchvision model
     n_classes:int, # Outputs
@@ -248,15 +249,17 @@ def make_model(
     if name in MODELS: return MODELS[name](n_classes=n_classes, in_chans=in_chans)
     if colon and kind not in ('timm', 'torchvision', 'small'): return _imported(kind, rest, name, n_classes)
     if kind != 'torchvision' and timm.is_model(rest if colon else name): return _from_timm(rest if colon else name, n_classes, in_chans, img_size)
-    if kind != 'timm' and (rest if colon else name) in torchvision.models.list_models(): return _from_torchvision(rest if colon else name, n_classes, in_chans)
+    if kind != 'timm' and (rest if colon else name) in torchvision.models.list_models():
+        return _from_torchvision(rest if colon else name, n_classes, in_chans)
     near = difflib.get_close_matches(rest if colon else name, [*MODELS, *timm.list_models(), *torchvision.models.list_models()], n=5, cutoff=.6)
     raise InputError(f"there is no model named {name!r}: expected one of diffkd_nb.models.MODELS, small:WIDTH (such as small:4), timm:NAME, torchvision:NAME or package.module:function"
                      f"{'. Nearest: ' + ', '.join(dict.fromkeys(near)) if near else ''}.")
 
-# %% ../nbs/11_models.ipynb #3500669c
+# %% ../nbs/11_models.ipynb #a4321e36
 def _imported(module, function, name, n_classes):
     try: make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e: raise InputError(f"model {name!r} cannot be imported: {e}. Expected package.module:function, a function of the number of classes.") from None
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"model {name!r} cannot be imported: {e}. Expected package.module:function, a function of the number of classes.") from None
     return make(n_classes)
 
 def _from_timm(name, n_classes, in_chans, img_size):
@@ -269,7 +272,8 @@ def _from_torchvision(name, n_classes, in_chans):
     if in_chans == 3: return model
     n, conv = next((n, m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d))
     parent, _, leaf = n.rpartition('.')
-    setattr(model.get_submodule(parent), leaf, nn.Conv2d(in_chans, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None))
+    setattr(model.get_submodule(parent), leaf, nn.Conv2d(in_chans, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                                                         bias=conv.bias is not None))
     return model
 
 # %% ../nbs/11_models.ipynb #20f3eddc
@@ -290,7 +294,7 @@ def save_weights(
     "Write the weights of a model"
     write_whole(path, save({k: v.detach().cpu().clone().contiguous() for k,v in model.state_dict().items()}))
 
-# %% ../nbs/11_models.ipynb #369f2a43
+# %% ../nbs/11_models.ipynb #e6d70271
 def load_weights(
     model:nn.Module, # Model of the same shape
     path:Path # A safetensors file; half precision is converted
@@ -305,11 +309,12 @@ def load_weights(
     lacks, extra = {k for k in own if k not in sd and not k.endswith('num_batches_tracked')}, set(sd) - set(own)
     shape = [f'{k} {tuple(sd[k].shape)} instead of {tuple(own[k].shape)}' for k in own if k in sd and sd[k].shape != own[k].shape]
     wrong = [f'{what}: {few(names)}' for what,names in (('missing', lacks), ('unexpected', extra), ('other shape', shape)) if names]
-    if wrong: raise InputError(f"{path} does not fit the model {who} ({n_parameters(model):,} parameters): {'; '.join(wrong)}. Is it the right architecture and number of classes?")
+    if wrong:
+        raise InputError(f"{path} does not fit the model {who} ({n_parameters(model):,} parameters): {'; '.join(wrong)}. Is it the right architecture and number of classes?")
     model.load_state_dict({k: sd[k].to(v.dtype) if k in sd else v for k,v in own.items()})
     return model
 
-# %% ../nbs/11_models.ipynb #413e9c92
+# %% ../nbs/11_models.ipynb #0814dd61
 TEACHERS = { # File name to architecture, classes, normalisation (mean, std) and side of the image
     'cifar10_resnet56': dict(model='resnet56_a', n_classes=10, stats=STATS['imagenet'], img_size=32),
     'cifar100_resnet32': dict(model='resnet32_s', n_classes=100, stats=STATS['cifar100'], img_size=32),
@@ -321,6 +326,7 @@ def load_teacher(
 ) -> nn.Module: # In eval mode
     "One of the known teachers from its file; `InputError` for another name"
     stem = Path(path).stem
-    if stem not in TEACHERS: raise InputError(f"{path}: expected a file named {', '.join(TEACHERS)} (.safetensors), or use load_weights(make_model(NAME, CLASSES), FILE).")
+    if stem not in TEACHERS:
+        raise InputError(f"{path}: expected a file named {', '.join(TEACHERS)} (.safetensors), or use load_weights(make_model(NAME, CLASSES), FILE).")
     t = TEACHERS[stem]
     return load_weights(make_model(t['model'], t['n_classes'], 3, t['img_size']), path).eval()

@@ -98,7 +98,7 @@ def plot_training(
     axs[1].set(xlabel='epoch', ylabel='mean $\\gamma$')
     return axs
 
-# %% ../nbs/14_plots.ipynb #1fc749d2
+# %% ../nbs/14_plots.ipynb #bfe416dc
 def plot_differences(
     table, # DataFrame with student, teacher, method, difference, `difference low`, `difference high`, verdict: `Comparison.table()`
     runs, # DataFrame with student, teacher, method, seed, accuracy: `Comparison.runs`
@@ -114,7 +114,8 @@ def plot_differences(
         acc, base = (own[own.method == m].set_index('seed').accuracy for m in (r.method, reference))
         d, c = (acc - base).dropna(), colours.get(r.verdict, '#777777')
         ax.plot(d, [i]*len(d), 'o', ms=4, mfc='none', c=c)
-        ax.errorbar(r.difference, i, xerr=None if np.isnan(r['difference low']) else [[r.difference - r['difference low']], [r['difference high'] - r.difference]], fmt='|', ms=11, c=c, capsize=3)
+        ax.errorbar(r.difference, i, xerr=None if np.isnan(r['difference low'])
+                    else [[r.difference - r['difference low']], [r['difference high'] - r.difference]], fmt='|', ms=11, c=c, capsize=3)
     ax.axvline(0, c='#777777', lw=.8)
     label = lambda r: r.method if len(pairs) < 2 else f'{r.student}: {r.method}'
     ax.set(yticks=range(len(t)), yticklabels=[label(r) for _,r in t.iterrows()], xlabel=f'accuracy, percentage points above {reference}')

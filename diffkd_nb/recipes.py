@@ -98,21 +98,23 @@ class Recipe:
     clip:float=0. # Largest norm of the gradient, 0 for none
     def __post_init__(self): self._check()
 
-# %% ../nbs/12_recipes.ipynb #3c2d74f3
+# %% ../nbs/12_recipes.ipynb #533fcd45
 from fastcore.basics import patch
 
 @patch
 def _check(self:Recipe):
     def need(ok, field, expected):
         if not ok: raise InputError(f"recipe {self.name!r}: {field} must be {expected}, got {getattr(self, field)!r}.")
-    number = lambda f, low, strict=False, high=math.inf: isinstance(v := getattr(self, f), (int, float)) and not isinstance(v, bool) and (v > low if strict else v >= low) and v <= high and math.isfinite(v)
+    number = lambda f, low, strict=False, high=math.inf: isinstance(v := getattr(self, f), (int, float)) and not isinstance(v,
+            bool) and (v > low if strict else v >= low) and v <= high and math.isfinite(v)
     for f in ('epochs', 'batch_size'): need(isinstance(getattr(self, f), int) and number(f, 1), f, 'a whole number >= 1')
     need(number('lr', 0, strict=True), 'lr', 'a positive number')
     for f in ('weight_decay', 'warmup', 'mixup', 'cutmix', 'clip'): need(number(f, 0), f, 'a number >= 0')
     for f in ('momentum', 'label_smoothing', 'ema'): need(number(f, 0, high=1) and getattr(self, f) < 1, f, 'at least 0 and below 1')
     need(self.optimizer in OPTIMIZERS, 'optimizer', f"one of {', '.join(OPTIMIZERS)}")
     need(type(self.schedule) in SCHEDULES.values(), 'schedule', f"one of {', '.join(SCHEDULES)}")
-    need(isinstance(self.augmentation, tuple) and all(isinstance(a, str) for a in self.augmentation), 'augmentation', "a tuple of names such as ('crop', 'flip')")
+    need(isinstance(self.augmentation, tuple) and all(isinstance(a, str) for a in self.augmentation), 'augmentation',
+         "a tuple of names such as ('crop', 'flip')")
     need(not self.nesterov or self.optimizer == 'sgd' and self.momentum > 0, 'nesterov', 'False unless the optimizer is sgd with momentum')
 
 # %% ../nbs/12_recipes.ipynb #4f1521b2
@@ -138,18 +140,20 @@ def scaled(self:Recipe,
     by = epochs/self.epochs
     return self.replace(name=f'{self.name} over {epochs} epochs', epochs=epochs, schedule=self.schedule.scaled(by), warmup=self.warmup*by)
 
-# %% ../nbs/12_recipes.ipynb #e8592b98
+# %% ../nbs/12_recipes.ipynb #f7a33b56
 @patch
 def to_dict(self:Recipe) -> dict:
     "Plain values, for JSON"
-    return {**{f.name: getattr(self, f.name) for f in fields(self)}, 'augmentation': list(self.augmentation), 'schedule': {'kind': type(self.schedule).__name__, **asdict(self.schedule)}}
+    return {**{f.name: getattr(self, f.name) for f in fields(self)}, 'augmentation': list(self.augmentation),
+            'schedule': {'kind': type(self.schedule).__name__, **asdict(self.schedule)}}
 
 @patch(cls_method=True)
 def from_dict(cls:Recipe, d:dict) -> Recipe:
     "A recipe from `to_dict`, also after JSON"
     s = dict(d['schedule']); kind = s.pop('kind', None)
     if kind not in SCHEDULES: raise InputError(f"unknown schedule {kind!r}: expected one of {', '.join(SCHEDULES)}.")
-    return Recipe(**{**d, 'augmentation': tuple(d['augmentation']), 'schedule': SCHEDULES[kind](**{k: tuple(v) if isinstance(v, list) else v for k,v in s.items()})})
+    return Recipe(**{**d, 'augmentation': tuple(d['augmentation']),
+                     'schedule': SCHEDULES[kind](**{k: tuple(v) if isinstance(v, list) else v for k,v in s.items()})})
 
 @patch
 def row(self:Recipe) -> dict: # Columns of the paper's table 1, and the rest under its own name
@@ -171,13 +175,14 @@ def recipe_table(recipes) -> pd.DataFrame: # One row per recipe
     "Recipes as the paper's table 1"
     return pd.DataFrame([r.row() for r in recipes]).set_index('recipe')
 
-# %% ../nbs/12_recipes.ipynb #3f021dc0
+# %% ../nbs/12_recipes.ipynb #591b7d95
 _B2 = ('crop', 'flip', 'randaugment:9', 'random_erasing:0.2')
 RECIPES = {r.name: r for r in ( # Recipes by name
     Recipe('A1', 'CIFAR-100', 240, 64, .05, weight_decay=5e-4, schedule=Steps((150, 180, 210))),
     Recipe('B1', 'ImageNet', 100, 256, .1, nesterov=True, weight_decay=1e-4, schedule=Every(30)),
     Recipe('B2', 'ImageNet', 450, 768, .048, 'rmsprop', weight_decay=1e-5, label_smoothing=.1, ema=.9999, schedule=Every(2.4, .97), augmentation=_B2),
-    Recipe('B3', 'ImageNet', 300, 1024, 5e-4, 'adamw', weight_decay=5e-2, label_smoothing=.1, schedule=Cosine(), augmentation=(*_B2, 'color_jitter:0.4'), mixup=.8, cutmix=1.),
+    Recipe('B3', 'ImageNet', 300, 1024, 5e-4, 'adamw', weight_decay=5e-2, label_smoothing=.1, schedule=Cosine(),
+           augmentation=(*_B2, 'color_jitter:0.4'), mixup=.8, cutmix=1.),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
     Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()))}
 
@@ -255,11 +260,13 @@ class EMACallback(Callback):
     def load_state_dict(self, sd):
         if sd: self.make(); self.average.load_state_dict(sd)
 
-# %% ../nbs/12_recipes.ipynb #ea64a970
+# %% ../nbs/12_recipes.ipynb #44c87dc6
 _PAPER = { # Our names to the paper's
     'alone': 'student', 'kd': 'KD', 'fitnet': 'FitNet', 'rkd': 'RKD', 'srrl': 'SRRL', 'reviewkd': 'ReviewKD', 'dkd': 'DKD', 'dist': 'DIST', 'crd': 'CRD', 'vid': 'VID', 'pkt': 'PKT',
     'diffkd': 'DiffKD', 'diffkd:logits_loss=dist': 'DiffKD+DIST',
-    **{f'resnet{n}': f'ResNet-{n}' for n in (18, 20, 34, 50, 56)}, 'resnet8x4': 'ResNet-8x4', 'resnet32x4': 'ResNet-32x4', 'wrn_40_1': 'WRN-40-1', 'wrn_40_2': 'WRN-40-2', 'resnet50_cifar': 'ResNet-50',
+    **{f'resnet{n}': f'ResNet-{n}'
+       for n in (18, 20, 34, 50,
+       56)}, 'resnet8x4': 'ResNet-8x4', 'resnet32x4': 'ResNet-32x4', 'wrn_40_1': 'WRN-40-1', 'wrn_40_2': 'WRN-40-2', 'resnet50_cifar': 'ResNet-50',
     'mobilenetv2_cifar': 'MobileNetV2', 'shufflenetv1': 'ShuffleNetV1', 'shufflenetv2': 'ShuffleNetV2', 'mobilenetv1': 'MobileNetV1'}
 
 def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, student, method, metric, value, std, note

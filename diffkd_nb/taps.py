@@ -141,11 +141,13 @@ def last_feature(
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return records[max(i for i in maps if not pools or i < pools[-1])].name
 
-# %% ../nbs/00_taps.ipynb #956f9eec
+# %% ../nbs/00_taps.ipynb #afc29954
 def _map_size(model, r, aspect):
     "(h, w) of a record that is a map of more than one position, None for anything else"
     if not r.name or not isinstance(r.output, Tensor) or r.output.dim() not in (3, 4) or _is_pool(r.module) or _passes_through(r.module): return None
-    try: size = tuple(to_map(r.output, find_layout(r.output, aspect, r.module, getattr(model, 'num_prefix_tokens', None) if r.output.dim() == 3 else None)).shape[2:])
+    try:
+        size = tuple(to_map(r.output, find_layout(r.output, aspect, r.module,
+                                                  getattr(model, 'num_prefix_tokens', None) if r.output.dim() == 3 else None)).shape[2:])
     except ValueError: return None
     return size if math.prod(size) > 1 else None
 
@@ -240,11 +242,12 @@ def _run(model, role, xb):
         raise ValueError(f"the {role} ({type(unwrap(model)).__name__}) fails on a batch of shape {shapes}: {e}. "
                          "It must take the same input as the Learner's model.") from e
 
-# %% ../nbs/00_taps.ipynb #74599850
+# %% ../nbs/00_taps.ipynb #90e1955f
 def _requests(taps, s_rec, t_rec, stages):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name)`"
     if taps is None: taps = ['feature', 'logits']
-    if isinstance(taps, str) or not isinstance(taps, Sequence): raise ValueError(f"taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], got {taps!r}.")
+    if isinstance(taps, str) or not isinstance(taps, Sequence):
+        raise ValueError(f"taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], got {taps!r}.")
     if not len(taps): raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
     for t in taps:
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec)
@@ -257,7 +260,8 @@ def _requests(taps, s_rec, t_rec, stages):
             kind = t[2] if len(t) == 3 else None
             if kind not in (None, 'feature', 'logits'): raise ValueError(f"kind of tap {tuple(t)} must be 'feature' or 'logits', got {kind!r}.")
             yield (t[0] if t[0] == t[1] else f'{t[0]}~{t[1]}') or 'logits', kind, t[0], t[1]
-        else: raise ValueError(f"a tap is 'feature', 'logits', 'stages', 'exits', (student name, teacher name) or (student name, teacher name, kind), got {t!r}.")
+        else:
+            raise ValueError(f"a tap is 'feature', 'logits', 'stages', 'exits', (student name, teacher name) or (student name, teacher name, kind), got {t!r}.")
 
 # %% ../nbs/00_taps.ipynb #95ebaace
 def plan_taps(
@@ -290,14 +294,15 @@ def _is_output(records, name):
     return any(r.name == name and isinstance(r.output, Tensor) and isinstance(final, Tensor) and final.dim() == 2 and r.output.shape == final.shape
                and torch.equal(r.output.nan_to_num(), final.nan_to_num()) for r in records)
 
-# %% ../nbs/00_taps.ipynb #9d12cf5b
+# %% ../nbs/00_taps.ipynb #5b28d4ae
 def plan_table(
     plan:Sequence[Tap], # From `plan_taps`
     extra:Mapping|None=None # Further columns: header to list of one value per tap
 ) -> str: # Text, one line per tap
     "The plan as a text table"
     where = lambda p: p.name or '(output)'
-    size = lambda p: ' x '.join(map(str, p.shape if p.shape[1:] != (1, 1) else p.shape[:1])) + ('' if p.layout.kind in ('map', 'vector') else f' ({p.layout.kind})')
+    size = lambda p: ' x '.join(map(str, p.shape if p.shape[1:] != (1, 1) else p.shape[:1])) + ('' if p.layout.kind in ('map', 'vector')
+            else f' ({p.layout.kind})')
     cols = {'tap': [t.kind for t in plan], 'student': [where(t.student) for t in plan], 'shape': [size(t.student) for t in plan],
             'teacher': [where(t.teacher) for t in plan], ' shape': [size(t.teacher) for t in plan], **(extra or {})}
     rows = [list(cols)] + [[str(v[i]) for v in cols.values()] for i in range(len(plan))]

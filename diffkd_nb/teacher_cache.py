@@ -111,7 +111,7 @@ class TeacherCache:
                     transform=None if t is None else [type(t).__name__, repr(getattr(t, '__dict__', t))])
         if what != self.key: self.key,self.stores = what,{}
 
-# %% ../nbs/16_teacher_cache.ipynb #11848141
+# %% ../nbs/16_teacher_cache.ipynb #b44e8db3
 from fastcore.basics import patch
 from hashlib import sha256
 
@@ -137,15 +137,17 @@ def _store(self:TeacherCache, cb, name, like=None):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(meta, json.dumps(dict(shape=like.shape[1:], dtype=str(like.dtype).split('.')[-1])))
     m = json.loads(meta.read_text())
-    self.stores[folder] = Store(folder, len(cb.learn.dls.train.dataset), self.n_views, m['shape'], getattr(torch, m['dtype']), _Budget(self.folder, self.max_bytes))
+    self.stores[folder] = Store(folder, len(cb.learn.dls.train.dataset), self.n_views, m['shape'], getattr(torch, m['dtype']),
+                                _Budget(self.folder, self.max_bytes))
     return self.stores[folder]
 
-# %% ../nbs/16_teacher_cache.ipynb #f12f9845
+# %% ../nbs/16_teacher_cache.ipynb #86e58f83
 @patch
 def maps(self:TeacherCache, cb) -> dict: # Tap name to (B, C, H, W)
     "The teacher's taps of the current batch: from the files, and by the teacher where they lack something"
     dl, x = cb.learn.dls.train, cb.xb[0]
-    if len(dl.batch_index) != len(x): raise InputError("the batch was changed after the loader: the teacher's cache does not know which pictures these are.")
+    if len(dl.batch_index) != len(x):
+        raise InputError("the batch was changed after the loader: the teacher's cache does not know which pictures these are.")
     where = dl.batch_index*self.n_views + (0 if dl.batch_view is None else dl.batch_view)
     out, have = {}, torch.ones(len(x), dtype=torch.bool)
     for t in cb.plan:
