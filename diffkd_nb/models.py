@@ -19,7 +19,7 @@ from .data import InputError, STATS, write_whole
 
 # %% auto #0
 __all__ = ['MODELS', 'TEACHERS', 'small_net', 'n_parameters', 'BasicBlock', 'CifarResNet', 'WideResNet', 'resnet50_cifar',
-           'MobileNetV1', 'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'make_model', 'state_hash',
+           'MobileNetV1', 'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'vgg_cifar', 'make_model', 'state_hash',
            'save_weights', 'load_weights', 'load_teacher']
 
 # %% ../nbs/11_models.ipynb #d60d823e
@@ -226,7 +226,16 @@ def shufflenetv2(n_classes:int=100, in_chans:int=3) -> nn.Sequential:
         layers.append(nn.Sequential(*[_ShuffleV2(c if b == 0 else o, o, 2 if b == 0 else 1) for b in range(n+1)])); c = o
     return _init(nn.Sequential(*layers, _conv_bn(c, 1024, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, n_classes)))
 
-# %% ../nbs/11_models.ipynb #6e97d823
+# %% ../nbs/11_models.ipynb #1621420b
+def vgg_cifar(layers:int, n_classes:int=100, in_chans:int=3) -> nn.Sequential:
+    "VGG with BatchNorm for 32 x 32 (Simonyan & Zisserman, 2015), `layers` convolutions a stage: 512 channels on 4 x 4"
+    body, c = [], in_chans
+    for s,o in enumerate((64, 128, 256, 512, 512)):
+        for _ in range(layers): body += [nn.Conv2d(c, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]; c = o
+        if s < 3: body.append(nn.MaxPool2d(2))
+    return _init(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes)))
+
+# %% ../nbs/11_models.ipynb #610ee227
 _res = lambda blocks, widths=(16, 16, 32, 64), **kw: partial(CifarResNet, blocks, widths, **kw)
 MODELS = { # Name to a function of (n_classes, in_chans)
     **{f'resnet{6*n+2}': _res(n) for n in (1, 2, 3, 5, 7, 9, 18)},
@@ -234,9 +243,10 @@ MODELS = { # Name to a function of (n_classes, in_chans)
     'resnet8_s': _res(1, (64, 16, 32, 64), relu='stage', pool=4), 'resnet32_s': _res(5, (64, 16, 32, 64), relu='stage', pool=4),
     **{f'wrn_{d}_{k}': partial(WideResNet, d, k) for d in (16, 40) for k in (1, 2)},
     'resnet50_cifar': resnet50_cifar, 'mobilenetv2_cifar': mobilenetv2_cifar, 'shufflenetv1': shufflenetv1, 'shufflenetv2': shufflenetv2,
+    'vgg8': partial(vgg_cifar, 1), 'vgg13': partial(vgg_cifar, 2),
     'mobilenetv1': MobileNetV1, 'mobilenetv1_075_tf': partial(MobileNetV1, width=.75, asymmetric=True)}
 
-# %% ../nbs/11_models.ipynb #8d203524
+# %% ../nbs/11_models.ipynb #b6d85aeb
 def make_model(
     name:str, # A key of `MODELS`, `'small:WIDTH'`, `'timm:NAME'`, `'torchvision:NAME'`, `'package.module:function'`, or the bare name of a timm or torchvision model
     n_classes:int, # Outputs
@@ -244,7 +254,8 @@ def make_model(
     img_size:int=32 # Side of the image, for models that must know it
 ) -> nn.Module: # Random weights; nothing is ever downloaded
     "A model by name; `InputError` with the nearest names for an unknown one"
-    kind, colon, rest = str(name).partition(':')
+    if not isinstance(name, str): raise InputError(f"a model is asked for by name, such as 'resnet20', got {name!r}.")
+    kind, colon, rest = name.partition(':')
     if kind == 'small' and rest.isdigit() and int(rest): return small_net(int(rest), in_chans, n_classes, img_size)
     if name in MODELS: return MODELS[name](n_classes=n_classes, in_chans=in_chans)
     if colon and kind not in ('timm', 'torchvision', 'small'): return _imported(kind, rest, name, n_classes)
@@ -255,12 +266,16 @@ def make_model(
     raise InputError(f"there is no model named {name!r}: expected one of diffkd_nb.models.MODELS, small:WIDTH (such as small:4), timm:NAME, torchvision:NAME or package.module:function"
                      f"{'. Nearest: ' + ', '.join(dict.fromkeys(near)) if near else ''}.")
 
-# %% ../nbs/11_models.ipynb #a4321e36
+# %% ../nbs/11_models.ipynb #020d7768
 def _imported(module, function, name, n_classes):
     try: make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError(f"model {name!r} cannot be imported: {e}. Expected package.module:function, a function of the number of classes.") from None
-    return make(n_classes)
+    try: model = make(n_classes)
+    except TypeError as e:
+        raise InputError(f"model {name!r} cannot be made from a number of classes: {e}. Expected package.module:function with that one argument.") from e
+    if not isinstance(model, nn.Module): raise InputError(f"model {name!r}: {function} returned {type(model).__name__}, expected a torch.nn.Module.")
+    return model
 
 def _from_timm(name, n_classes, in_chans, img_size):
     kw = dict(pretrained=False, in_chans=in_chans, num_classes=n_classes)

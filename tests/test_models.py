@@ -1,13 +1,123 @@
-"The trained teachers on real images, where the files are present (folder in DIFFKD_DATA, by default ../shared/data)"
-import os
+"The networks; and the trained teachers on real images, where the files are present (folder in DIFFKD_DATA, by default ../shared/data)"
+import os, pickle
+from copy import deepcopy
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from diffkd_nb.models import TEACHERS, load_teacher
+from safetensors.torch import load_file
+from torch import nn
+from diffkd_nb.data import InputError
+from diffkd_nb.models import TEACHERS, load_teacher, load_weights, make_model, n_parameters, save_weights, state_hash
+from diffkd_nb.taps import dry_run, last_feature
 
 DATA = Path(os.environ.get('DIFFKD_DATA', Path(__file__).parents[2]/'shared'/'data'))
 needs = lambda *names: pytest.mark.skipif(not all((DATA/n).exists() for n in names), reason=f"{', '.join(names)} not in {DATA}: set DIFFKD_DATA")
 IMAGENETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+
+
+conv = lambda i, o, k=3: i*o*k*k     # weights of a convolution without bias
+bn = lambda c: 2*c
+
+
+def resnet_by_hand(n, w, classes, chans, shortcut):
+    "Option B: a shortcut where channels or size change; without: option A"
+    total = conv(chans, w[0]) + bn(w[0]) + w[3]*classes + classes
+    for i,o,stride in zip(w, w[1:], (1, 2, 2)):
+        total += conv(i, o) + (2*n - 1)*conv(o, o) + 2*n*bn(o) + ((conv(i, o, 1) + bn(o)) if shortcut and (i != o or stride > 1) else 0)
+    return total
+
+
+def wrn_by_hand(depth, k, classes, chans):
+    n, total, i = (depth - 4)//6, conv(chans, 16), 16
+    for o in (16*k, 32*k, 64*k):
+        total += bn(i) + conv(i, o) + bn(o) + conv(o, o) + (n - 1)*2*(bn(o) + conv(o, o)) + (conv(i, o, 1) if i != o else 0)
+        i = o
+    return total + bn(i) + i*classes + classes
+
+
+@pytest.mark.parametrize('classes,chans', [(100, 3), (7, 1)])
+def test_parameter_counts_by_hand(classes, chans):
+    count = lambda name: n_parameters(make_model(name, classes, chans))
+    for n in (1, 2, 3, 5, 7, 9, 18): assert count(f'resnet{6*n+2}') == resnet_by_hand(n, (16, 16, 32, 64), classes, chans, True)
+    for name,n in (('resnet8x4', 1), ('resnet32x4', 5)): assert count(name) == resnet_by_hand(n, (32, 64, 128, 256), classes, chans, True)
+    assert count('resnet56_a') == resnet_by_hand(9, (16, 16, 32, 64), classes, chans, False)
+    for d in (16, 40):
+        for k in (1, 2): assert count(f'wrn_{d}_{k}') == wrn_by_hand(d, k, classes, chans)
+
+
+SHAPES = dict(resnet20=(64, 8, 8), resnet56=(64, 8, 8), resnet56_a=(64, 8, 8), resnet8x4=(256, 8, 8), resnet32x4=(256, 8, 8), resnet32_s=(64, 8, 8), wrn_40_1=(64, 8, 8), wrn_40_2=(128, 8, 8),
+              resnet50_cifar=(2048, 4, 4), mobilenetv2_cifar=(1280, 2, 2), shufflenetv1=(960, 4, 4), shufflenetv2=(1024, 4, 4), vgg8=(512, 4, 4), vgg13=(512, 4, 4))
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_last_map(name):
+    rows = dry_run(make_model(name, 100), torch.randn(2, 3, 32, 32))
+    assert {r.name: r.output.shape[1:] for r in rows}[last_feature(rows)] == SHAPES[name]
+
+
+FAMILIES = ['resnet8', 'resnet56_a', 'resnet8_s', 'wrn_16_1', 'resnet50_cifar', 'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'mobilenetv1_075_tf', 'vgg8', 'small:4']
+
+
+@pytest.mark.parametrize('name', FAMILIES)     # each model's gradients: in the notebook
+def test_gradients_copies_and_pickles(name):
+    torch.manual_seed(0)
+    model, x = make_model(name, 7, in_chans=2), torch.randn(2, 2, 32, 32)
+    model(x).square().sum().backward()
+    grads = {n: p.grad for n,p in model.named_parameters()}
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    # maps of one pixel and zero gradients aside (MobileNetV1 at 32 pixels), every layer learns
+    assert sum(bool(g.any()) for g in grads.values()) > .9*len(grads)
+    model.eval(); model.zero_grad()
+    with torch.no_grad(): want = model(x)
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad(): assert torch.equal(other(x), want)
+        assert state_hash(other) == state_hash(model)
+
+
+@pytest.mark.parametrize('name', [n for n in FAMILIES if n not in ('resnet50_cifar', 'resnet56_a')])
+def test_one_graph(name):
+    model, x = make_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
+    torch._dynamo.reset()
+    with torch.no_grad(): assert torch.allclose(torch.compile(model, backend='eager', fullgraph=True)(x), model(x), atol=1e-6)
+
+
+def test_same_seed_same_weights_and_another_another():
+    make = lambda seed: (torch.manual_seed(seed), state_hash(make_model('resnet8', 10)))[1]
+    assert make(0) == make(0) != make(1)
+
+
+@pytest.mark.parametrize('change', ['name', 'dtype', 'shape', 'value'])
+def test_hash_sees_every_part(change):
+    a = {'w': torch.zeros(2, 3), 'n': torch.tensor(1)}
+    b = {'name': {'v': a['w'], 'n': a['n']}, 'dtype': {**a, 'w': torch.zeros(2, 3, dtype=torch.int32)}, 'shape': {**a, 'w': torch.zeros(3, 2)}, 'value': {**a, 'n': torch.tensor(2)}}[change]
+    assert len(state_hash(a)) == 64 and state_hash(a) != state_hash(b)
+    assert state_hash(a) == state_hash(dict(reversed(a.items()))) == state_hash({**a, 'w': torch.zeros(3, 2).T})     # order and memory layout do not count
+
+
+class Tied(nn.Module):
+    def __init__(self): super().__init__(); self.a = nn.Linear(3, 3); self.b = self.a; self.c = nn.Parameter(torch.randn(4, 2).T)
+
+
+def test_shared_and_transposed_tensors_are_saved(tmp_path):
+    a, b = Tied(), Tied()
+    save_weights(a, tmp_path/'w.safetensors'); load_weights(b, tmp_path/'w.safetensors')
+    assert state_hash(a) == state_hash(b) and b.a is b.b and [f.name for f in tmp_path.iterdir()] == ['w.safetensors']
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    f = tmp_path/'w.safetensors'
+    save_weights(nn.Linear(2, 2), f); old = f.read_bytes()
+    def fail(*a, **k): raise OSError('disk full')
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match='disk full'): save_weights(nn.Linear(2, 2), f)
+    assert f.read_bytes() == old and load_file(f)
+
+
+@pytest.mark.parametrize('name,says', [('resnet21', 'resnet20'), ('wrn_40_3', 'wrn_40_2'), ('timm:resnet999', 'expected one of'), ('torchvision:nothing', 'torchvision:NAME'), ('small', 'small:WIDTH'),
+                                       ('small:-1', 'small:WIDTH'), ('', 'expected one of'), (None, 'got None'), (56, 'got 56'), ('no.module:f', 'cannot be imported'), ('math:nothing', 'cannot be imported'),
+                                       ('os.path:join', 'cannot be made'), ('math:sqrt', 'expected a torch.nn.Module')])
+def test_a_wrong_name_is_one_clear_error(name, says):
+    with pytest.raises(InputError, match=says): make_model(name, 10)
 
 
 def mosaics(folder):
