@@ -16,7 +16,7 @@ from .noise_adapter import Bottleneck
 
 # %% auto #0
 __all__ = ['N_TIMES', 'alpha_bar_schedule', 'NoiseSchedule', 'SharedLinear', 'shared_weights', 'Denoiser', 'diffusion_loss',
-           'ddim_times', 'ddim_coefficients', 'ddim_denoise', 'gamma_to_time']
+           'ddim_times', 'ddim_coefficients', 'ddim_denoise', 'log_snr_schedule', 'gamma_to_time', 'ddim_denoise_from']
 
 # %% ../nbs/03_diffusion.ipynb #9f92f833
 N_TIMES = 1000 # Number of diffusion times
@@ -178,11 +178,33 @@ def ddim_denoise(
     for i,(_,a,b) in enumerate(coefficients): x = a*x + b*predict(x, embs[i:i+1]).float()
     return x
 
-# %% ../nbs/03_diffusion.ipynb #f0489b8f
+# %% ../nbs/03_diffusion.ipynb #d5d78071
+def log_snr_schedule() -> Tensor: # (1000,) float32, falling
+    "Logarithm of the signal-to-noise ratio alpha-bar/(1 - alpha-bar) at each time"
+    ab = alpha_bar_schedule()
+    return (ab/(1-ab)).log().float()
+
 def gamma_to_time(
-    gamma:Tensor # Share of the student's feature in the mixed start, between 0 and 1
+    gamma:Tensor, # Share of the student's feature in the mixed start, between 0 and 1
+    log_snr:Tensor|None=None # `log_snr_schedule` on the device of `gamma`; made here by default
 ) -> Tensor: # Nearest time t, integers
     "The time whose signal-to-noise ratio equals that of a mixed start with `gamma`"
-    ab = alpha_bar_schedule().to(gamma.device)
-    g = gamma.double().clamp(1e-6, 1-1e-6)
-    return ((ab/(1-ab)).log() - 2*(g/(1-g)).log()[..., None]).abs().argmin(-1)
+    log_snr = log_snr_schedule().to(gamma.device) if log_snr is None else log_snr
+    return (log_snr - 2*gamma.float().clamp(1e-6, 1-1e-6).logit()[..., None]).abs().argmin(-1)
+
+# %% ../nbs/03_diffusion.ipynb #d70f9786
+def ddim_denoise_from(
+    predict, # `predict(x, t)` guesses the noise in `x` (B, ...) at the times t (B,)
+    x:Tensor, # Noisy feature (B, ...)
+    first:Tensor, # First time of each sample (B,), integers
+    steps:int, # Denoiser calls
+    schedule:NoiseSchedule # The noise schedule
+) -> Tensor: # Denoised feature, float32
+    "DDIM (paper, eq. 4-5) in even steps from a time of each sample's own down to 0"
+    x, shape = x.float(), (-1, *[1]*(x.dim()-1))
+    for i in range(steps):
+        t, p = (first*(steps-j)//steps for j in (i, i+1))
+        a = schedule.signal[p]/schedule.signal[t]
+        b = schedule.sigma[p] - a*schedule.sigma[t]
+        x = a.view(shape)*x + b.view(shape)*predict(x, t).float()
+    return x

@@ -381,7 +381,8 @@ def tiny_distiller(**kw):
     return DiffKDDistiller(plan, latent=8, **kw), {'feature': torch.randn(8, 12, 8, 8), 'logits': torch.randn(8, K, 1, 1)}, {'feature': torch.randn(8, 40, 8, 8), 'logits': torch.randn(8, K, 1, 1)}
 
 
-@pytest.mark.parametrize('kw', [{}, {'adapter': False}, {'denoiser': 'identity'}, {'logits_loss': 'dist', 'start': 'paper', 'steps': 3}], ids=str)
+@pytest.mark.parametrize('kw', [{}, {'adapter': False}, {'denoiser': 'identity'}, {'logits_loss': 'dist', 'start': 'paper', 'steps': 3}, {'start': 'gamma'},
+                                {'trained_by': 'diffusion'}, {'trained_by': 'kd', 'norms': 'separate'}], ids=str)
 def test_the_whole_distiller_compiles_without_a_graph_break(kw):
     torch._dynamo.reset()
     d, s, t = tiny_distiller(**kw)
@@ -444,7 +445,8 @@ def test_other_channel_counts(widths):
 
 @pytest.mark.parametrize('kw', [dict(adapter=False), dict(denoiser='identity'), dict(denoiser='identity', adapter=False), dict(start='paper'), dict(start=200, steps=3),
                                 dict(steps=1), dict(latent=4), dict(logits_loss='dist'), dict(feature_loss='attention_mse'), dict(temperature=4.),
-                                dict(align='teacher'), dict(align='student'), dict(taps=['logits']), dict(taps=['feature']), dict(weights={'logits': .5}),
+                                dict(align='teacher'), dict(align='student'), dict(start='gamma'),
+                                dict(trained_by='diffusion'), dict(trained_by='kd'), dict(norms='separate'), dict(norms='separate', trained_by='diffusion', start='gamma'), dict(taps=['logits']), dict(taps=['feature']), dict(weights={'logits': .5}),
                                 dict(taps=[('2', '2'), ('5', '5'), 'logits'], distances={'2': 'dist'}), dict(task_weight=.5)], ids=str)
 def test_options_train(kw):
     learn, student, teacher, cb = build(LIGHT, **kw)
