@@ -11,5 +11,6 @@ from .data import *
 from .models import *
 from .recipes import *
 from .teacher_cache import *
+from .fast import *
 from .experiment import *
 from .plots import *

@@ -123,7 +123,7 @@ def check_options(cls, options):
     if wrong: raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, wrong))}: its options are {', '.join(known)}.")
     return partial(cls, **options)
 
-# %% ../nbs/06_callback.ipynb #8fc7faef
+# %% ../nbs/06_callback.ipynb #7ccd5a52
 class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
@@ -154,7 +154,7 @@ class DistillCallback(Callback):
         self.teacher_transform,self.cache = teacher_transform,cache
         self.plan,self.distiller,self.planned_for,self.tail,self.noise_generator = None,None,None,None,None
         self.fitting,self.attached,self.before,self.teacher_was = False,False,None,None
-        self.means,self.totals,self.seen,self.watched = {},{},0,[]
+        self.means,self.totals,self.seen,self.watched,self.finite,self.captured = {},{},0,[],None,False
 
 # %% ../nbs/06_callback.ipynb #d6fe996a
 @patch
@@ -217,7 +217,7 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn) # saved or copied, it is the Learner's own method
 
-# %% ../nbs/06_callback.ipynb #6f0dda4f
+# %% ../nbs/06_callback.ipynb #9365ad46
 @patch
 def before_train(self:DistillCallback):
     "Join the optimiser, prepare the teacher, reset the epoch's means"
@@ -233,8 +233,10 @@ def before_train(self:DistillCallback):
     self.teacher.to(dev).eval()
     if self.cache is not None: self.cache.open(self)
     self.tail.add(self.learn.opt)
-    self.totals,self.seen,self.attached = {},0,True
-    self.finite = torch.ones((), dtype=torch.bool, device=dev)
+    self.seen,self.attached = 0,True
+    if self.finite is None or self.finite.device != dev: self.finite,self.totals = torch.ones((), dtype=torch.bool, device=dev),{}
+    self.finite.fill_(True)
+    for t in self.totals.values(): t.zero_()
 
 @patch
 def before_batch(self:DistillCallback):
@@ -271,7 +273,7 @@ def run_teacher(self:DistillCallback,
         self.teacher(*self._transform(xb))
         return self.teacher_capture.maps()
 
-# %% ../nbs/06_callback.ipynb #8ed36085
+# %% ../nbs/06_callback.ipynb #93b8495a
 @patch
 def after_loss(self:DistillCallback):
     "Run the teacher on the student's input and add the distiller's losses"
@@ -287,15 +289,16 @@ def after_loss(self:DistillCallback):
     self.learn.loss = self.learn.loss_grad.detach().clone()
     n = len(self.yb[0])
     for k,v in {'task': task, **losses, **getattr(self.distiller, 'stats', {})}.items():
-        self.totals[k] = self.totals.get(k, 0) + (v.detach().float()*n if isinstance(v, Tensor) else v*n)
+        if k not in self.totals: self.totals[k] = torch.zeros((), device=self.finite.device)
+        self.totals[k].add_(v.detach().float() if isinstance(v, Tensor) else v, alpha=n)     # in place: a captured step adds to the same tensor
     self.seen += n
 
-# %% ../nbs/06_callback.ipynb #1e412dd9
+# %% ../nbs/06_callback.ipynb #67e73975
 @patch
 def _check_finite(self:DistillCallback, maps):
     "Note whether the teacher's outputs are finite; on the CPU an error comes at once, on a device at the end of the epoch"
-    for m in maps.values(): self.finite = self.finite & torch.isfinite(m).all()
-    if self.finite.device.type == 'cpu': self._raise_unless_finite()
+    for m in maps.values(): self.finite.logical_and_(torch.isfinite(m).all())
+    if self.finite.device.type == 'cpu' and not self.captured: self._raise_unless_finite()
 
 @patch
 def _raise_unless_finite(self:DistillCallback):
