@@ -217,7 +217,7 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn) # saved or copied, it is the Learner's own method
 
-# %% ../nbs/06_callback.ipynb #9365ad46
+# %% ../nbs/06_callback.ipynb #bec8942f
 @patch
 def before_train(self:DistillCallback):
     "Join the optimiser, prepare the teacher, reset the epoch's means"
@@ -233,7 +233,7 @@ def before_train(self:DistillCallback):
     self.teacher.to(dev).eval()
     if self.cache is not None: self.cache.open(self)
     self.tail.add(self.learn.opt)
-    self.seen,self.attached = 0,True
+    self.seen,self.attached,self.captured = 0,True,False
     if self.finite is None or self.finite.device != dev: self.finite,self.totals = torch.ones((), dtype=torch.bool, device=dev),{}
     self.finite.fill_(True)
     for t in self.totals.values(): t.zero_()

@@ -235,7 +235,7 @@ def _take_up(out, settings):
     if json.loads(state['settings']) != settings: raise other(json.loads(state['settings']))
     return None, state
 
-# %% ../nbs/13_experiment.ipynb #082583bb
+# %% ../nbs/13_experiment.ipynb #b3db39ab
 def run(
     recipe:str|Recipe, # How to train, see `RECIPES`
     data, # What on, see `open_data`
@@ -254,6 +254,7 @@ def run(
     eval_batch:int|None=None, # Images per validation batch
     checkpoint_every:int=1, # Epochs between checkpoints; the last epoch always gets one
     keep_distiller:bool=False, # Also store the distiller's weights, for pictures
+    keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True, # Show a progress bar
     **loader # Further arguments of the loaders, such as `num_workers`
 ) -> dict: # The manifest
@@ -268,7 +269,7 @@ def run(
         manifest, state = _take_up(out, settings)
         if manifest is None:
             manifest = _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, channels_last,
-                              graph, eval_batch, checkpoint_every, keep_distiller, progress, loader)
+                              graph, eval_batch, checkpoint_every, keep_distiller, keep_student, progress, loader)
     return manifest
 
 # %% ../nbs/13_experiment.ipynb #b9fd8ce3
@@ -294,7 +295,7 @@ def _learner(recipe, data, t_model, student, method, seed, device, taps, teacher
     set_seed(10_000 + seed, reproducible=True)      # dropout and the like: the same for every method
     return learn
 
-# %% ../nbs/13_experiment.ipynb #2efd7d6b
+# %% ../nbs/13_experiment.ipynb #8cb1a310
 class _Bar(Callback):
     "Moves a progress bar over the steps of a run"
     order = 65
@@ -303,7 +304,7 @@ class _Bar(Callback):
         if self.training: self.bar.update(self.epoch*self.n_iter + self.iter + 1)
 
 def _train(recipe, data, t_model, student, method, seed, out, settings, state, device, taps, teacher_stats, cache, amp, channels_last, graph, eval_batch, every,
-           keep_distiller, progress, loader):
+           keep_distiller, keep_student, progress, loader):
     "Train from the start or from a checkpoint, then write the result"
     start, began = time.perf_counter(), 0 if state is None else state['epoch']
     log, check = RunLog(*(() if state is None else (state['rows'], state['train_seconds']))), Checkpoint(out, settings, every)
@@ -317,15 +318,15 @@ def _train(recipe, data, t_model, student, method, seed, out, settings, state, d
         learn.add_cb(_Bar(bar))
     if began < recipe.epochs:
         with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs, start_epoch=began)
-    return _finish(learn, log, out, settings, data, t_model, device, began, time.perf_counter() - start, keep_distiller)
+    return _finish(learn, log, out, settings, data, t_model, device, began, time.perf_counter() - start, keep_distiller, keep_student)
 
-# %% ../nbs/13_experiment.ipynb #a51fb6b7
-def _finish(learn, log, out, settings, data, t_model, device, began, seconds, keep_distiller):
+# %% ../nbs/13_experiment.ipynb #5057ef04
+def _finish(learn, log, out, settings, data, t_model, device, began, seconds, keep_distiller, keep_student=True):
     "Write student and manifest; the manifest comes last, so a folder that has one is whole"
     for cb in learn.cbs:
         if hasattr(type(cb), 'use_average'): cb.use_average()
     student, distiller = learn.model, getattr(first_distiller(learn), 'distiller', None)
-    write_whole(out/'student.safetensors', save({k: v.detach().cpu().contiguous() for k,v in student.state_dict().items()}))
+    if keep_student: write_whole(out/'student.safetensors', save({k: v.detach().cpu().contiguous() for k,v in student.state_dict().items()}))
     if keep_distiller and distiller is not None and list(distiller.state_dict()):
         write_whole(out/'distiller.safetensors', save({k: v.detach().cpu().contiguous() for k,v in distiller.state_dict().items()}))
     write_whole(out/'log.csv', csv_text(log.rows))
@@ -335,13 +336,18 @@ def _finish(learn, log, out, settings, data, t_model, device, began, seconds, ke
     m = dict(status='finished', settings=settings, options=all_options(settings['method']), taps=_taps(first_distiller(learn)), code=code_version(), environment=environment(device),
         result=dict(accuracy=acc[-1], best_accuracy=max(acc), best_epoch=1 + int(np.argmax(acc)), valid_loss=None if np.isnan(log.rows[-1]['valid_loss']) else log.rows[-1]['valid_loss']),
         cost=dict(seconds=round(seconds, 1), resumed_at_epoch=began or None, ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps, peak_memory_mb=round(peak/2**20, 1),
-                  peak_memory_of='GPU allocations' if device.type == 'cuda' else 'whole process', student_parameters=n_parameters(student), added_parameters=n_parameters(distiller) if distiller is not None else 0),
+                  peak_memory_of='GPU allocations' if device.type == 'cuda' else 'whole process', student_parameters=n_parameters(student), added_parameters=n_parameters(distiller) if distiller is not None else 0, **_graph(learn)),
         data=dict(spec=data.spec, n_train=data.n_train, n_valid=data.n_valid, classes=len(data.classes)), student_hash=state_hash(student),
         files={f: _sha(out/f) for f in ('log.csv', 'student.safetensors', 'distiller.safetensors') if (out/f).is_file()}, finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     m = json.loads(json.dumps(m)); m['hash'] = manifest_hash(m)
     write_whole(out/'manifest.json', json.dumps(m, indent=1))
     (out/'checkpoint.pt').unlink(missing_ok=True)
     return m
+
+def _graph(learn):
+    "Whether the steps were recorded, and if not, why, where that was asked for"
+    cb = next((cb for cb in learn.cbs if isinstance(cb, CudaGraphStep)), None)
+    return {} if cb is None else dict(graph='recorded' if cb.recorded else cb.reason)
 
 def _taps(cb):
     "Where a distillation really took its taps"
@@ -427,7 +433,7 @@ def _verify_student(out, m, data, checks, device):
 
 def add_same(add, a, b): add('the data is the same', a == b, f'{a[:20]}..., manifest {b[:20]}...'); return a == b
 
-# %% ../nbs/13_experiment.ipynb #5de539a1
+# %% ../nbs/13_experiment.ipynb #60ba5dc6
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not where it was
@@ -456,6 +462,7 @@ def verify(
                 try: opened[spec] = open_data(spec)
                 except InputError: opened[spec] = spec
             _verify_student(out, m, opened[spec], checks, device)
+        if 'student.safetensors' not in m['files']: checks.append(Check(str(out), 'the student gives the accuracy of the manifest', None, 'the student was not kept'))
         if teacher is not None and m['settings']['teacher_hash']:
             checks.append(Check(str(out), 'the teacher is the one on record', state_hash(load_file(teacher)) == m['settings']['teacher_hash'],
                                 'other weights'))
