@@ -433,7 +433,7 @@ def _verify_student(out, m, data, checks, device):
 
 def add_same(add, a, b): add('the data is the same', a == b, f'{a[:20]}..., manifest {b[:20]}...'); return a == b
 
-# %% ../nbs/13_experiment.ipynb #60ba5dc6
+# %% ../nbs/13_experiment.ipynb #be5b99f0
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not where it was
@@ -464,8 +464,9 @@ def verify(
             _verify_student(out, m, opened[spec], checks, device)
         if 'student.safetensors' not in m['files']: checks.append(Check(str(out), 'the student gives the accuracy of the manifest', None, 'the student was not kept'))
         if teacher is not None and m['settings']['teacher_hash']:
-            checks.append(Check(str(out), 'the teacher is the one on record', state_hash(load_file(teacher)) == m['settings']['teacher_hash'],
-                                'other weights'))
+            weights = load_file(teacher)
+            same = m['settings']['teacher_hash'] in [state_hash({k: v.to(t) if v.is_floating_point() else v for k,v in weights.items()}) for t in (torch.float32, torch.float16)]
+            checks.append(Check(str(out), 'the teacher is the one on record', same, 'other weights'))
     if (folder/'table.csv').is_file() and (folder/'grid.json').is_file(): checks.append(_verify_table(folder))
     return checks
 
@@ -743,7 +744,10 @@ class Comparison:
                    'recipe', 'data']
         return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
 
-# %% ../nbs/13_experiment.ipynb #3dd46489
+# %% ../nbs/13_experiment.ipynb #fe8616e8
+_TABLE = ['student', 'teacher', 'method', 'accuracy', 'sd', 'n', 'low', 'high', 'best', 'difference', 'difference low', 'difference high', 'pairs', 'p', 'ms per step',
+          'memory (MB)', 'added parameters', 'published', 'source', 'p (Holm)', 'verdict'] # Columns, also where there is no run yet
+
 @patch
 def table(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -761,7 +765,7 @@ def table(self:Comparison,
             row['p (Holm)'] = p
             row['verdict'] = '' if row['method'] == ref else verdict_word(row['difference'], p) if len(base) else 'no reference'
         rows += part
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else _TABLE)
 
 # %% ../nbs/13_experiment.ipynb #71e8f89e
 @patch
