@@ -32,8 +32,8 @@ from .taps import plan_taps
 from .teacher_cache import TeacherCache
 
 # %% auto #0
-__all__ = ['TABLE_CHECK', 'EXECUTORS', 'Method', 'parse_method', 'all_options', 'make_teacher', 'code_version', 'environment',
-           'manifest_hash', 'EpochOrder', 'RunLog', 'rng_state', 'set_rng_state', 'Checkpoint', 'run',
+__all__ = ['TABLE_CHECK', 'EXECUTORS', 'FULL_DATA', 'Method', 'parse_method', 'all_options', 'make_teacher', 'code_version',
+           'environment', 'manifest_hash', 'EpochOrder', 'RunLog', 'rng_state', 'set_rng_state', 'Checkpoint', 'run',
            'first_distiller', 'Check', 'Report', 'evaluate', 'add_same', 'verify', 'Cell', 'grid_cells', 'compare',
            'interval', 'paired_test', 'holm', 'verdict_word', 'Comparison']
 
@@ -831,6 +831,30 @@ def _verify_table(folder):
     "Whether the stored table is what the runs give"
     want = Comparison(folder).table().to_csv(index=False, float_format='%.6g')
     return Check(str(folder), TABLE_CHECK, (folder/'table.csv').read_text() == want, 'another table')
+
+# %% ../nbs/13_experiment.ipynb #a0d6b745
+FULL_DATA = {'CIFAR-100': 'cifar100 (50,000 for training)'} # The paper's name of a data set to ours, whole
+
+@patch
+def against_published(self:Comparison,
+    pairs:list, # (teacher, student) names
+    methods:list, # See `parse_method`
+    dataset:str='CIFAR-100' # Data of the paper
+) -> pd.DataFrame: # One row per pair and method, also where nothing was run; NaN where there is no figure
+    "Published accuracy, ours of the last epoch with n, sd and best epoch, and the difference with its 95 % interval and in words"
+    runs, rows = self.runs, []
+    for t,s in pairs:
+        for m in map(str, map(parse_method, methods)):
+            r = runs[(runs.teacher == t) & (runs.student == s) & (runs.method == m)]
+            paper = (published(t, s, m, dataset) or [dict(value=float('nan'), std=None)])[0]
+            low, high = interval(r.accuracy) if len(r) else (float('nan'),)*2
+            whole = bool(len(r)) and set(r.data) == {FULL_DATA[dataset]}
+            d, dlow, dhigh = (v - paper['value'] if whole else float('nan') for v in (r.accuracy.mean(), low, high))
+            word = ('not run' if not len(r) else 'other data' if not whole else 'no figure' if np.isnan(paper['value']) else 'one seed' if len(r) < 2 else
+                    'not distinguishable' if dlow <= 0 <= dhigh else 'above' if d > 0 else 'below')
+            rows.append(dict(teacher=t, student=s, method=m, paper=paper['value'], paper_sd=np.nan if paper['std'] is None else paper['std'], accuracy=r.accuracy.mean(),
+                             sd=r.accuracy.std(ddof=1) if len(r) > 1 else np.nan, n=len(r), best=r.best.mean(), difference=d, low=dlow, high=dhigh, verdict=word))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/13_experiment.ipynb #0d049d6f
 @patch
