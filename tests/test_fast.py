@@ -4,6 +4,7 @@ from copy import deepcopy
 from functools import partial
 import pytest, torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.basics import Callback, Learner, OptimWrapper, set_seed, SGD
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
@@ -182,6 +183,27 @@ def test_lr_find_leaves_everything_as_it_was(tmp_path):
     fit(learn, 1)
 
 
+class Syncs(TorchDispatchMode):
+    "Counts the questions for a value"
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += str(func).startswith(('aten._local_scalar_dense', 'aten.is_nonzero', 'aten.equal'))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('method', ['diffkd', 'kd'])
+def test_between_two_steps_nobody_asks_for_a_value(method):
+    "Loader, schedule, step and recorder of a whole epoch after the first"
+    class Watch(Callback):
+        order, seen = -50, []
+        def before_batch(self):
+            if self.training and self.epoch == 1: self.seen.append(counter.n)
+    Watch.seen = []
+    learn = learner(method, cbs=[Watch()])
+    with Syncs() as counter: fit(learn, 2)
+    assert len(Watch.seen) == 10 and len(set(Watch.seen)) == 1 and counter.n > 0        # the ends of epochs do ask
+
+
 def test_without_a_gpu_it_says_so_once(capsys):
     learn = learner(recorded=False); learn.add_cb(CudaGraphStep())
     fit(learn)
@@ -228,6 +250,18 @@ def test_cuda_graph_equals_plain_steps(method):
     a, b = (fit(learner(method, n=800, device='cuda', recorded=r)) for r in (False, True))
     assert step_of(b).kind is CudaRecording and step_of(b).recorded == 1 and step_of(b).reason is None
     same(a, b, 1e-3)
+
+
+@pytest.mark.cuda
+def test_nothing_waits_for_the_gpu_between_two_steps():
+    class Strict(Callback):
+        order = -50
+        def before_batch(self): torch.cuda.set_sync_debug_mode('error' if self.training and self.epoch == 1 and self.iter > 0 else 'default')
+        def after_train(self): torch.cuda.set_sync_debug_mode('default')
+    learn = learner('diffkd', device='cuda', cbs=[Strict()])
+    try: fit(learn, 2)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert step_of(learn).recorded == 1
 
 
 @pytest.mark.cuda
