@@ -56,7 +56,7 @@ def sample_inputs(
     i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in b[:i])
 
-# %% ../nbs/06_callback.ipynb #dfd83a23
+# %% ../nbs/06_callback.ipynb #06ad2409
 class OptimizerTail:
     "Adds parameters to the end of an optimiser's last group, and takes them away with their state"
     def __init__(self,
@@ -76,7 +76,8 @@ class OptimizerTail:
         self.kind = kind
         self._group(opt).extend(self.params)
         for p in self.params:
-            if p in self.parked: self._state(opt)[p] = self.parked[p]
+            if p in self.parked:        # a loaded state may lie on another device; Adam's `step` stays where it is
+                self._state(opt)[p] = {k: v.to(p.device) if isinstance(v, Tensor) and k != 'step' else v for k,v in self.parked[p].items()}
             elif not isinstance(opt, OptimWrapper): opt.state[p] = {'do_wd': False} if id(p) in self.no_decay else {}
             if isinstance(opt, OptimWrapper): opt.state[p] = {}
 
@@ -217,7 +218,7 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn) # saved or copied, it is the Learner's own method
 
-# %% ../nbs/06_callback.ipynb #bec8942f
+# %% ../nbs/06_callback.ipynb #140e5bb1
 @patch
 def before_train(self:DistillCallback):
     "Join the optimiser, prepare the teacher, reset the epoch's means"
@@ -225,7 +226,7 @@ def before_train(self:DistillCallback):
     self.detach()
     dev = next(self.learn.model.parameters()).device
     self.distiller.to(dev).train()
-    if self.noise_generator is None or self.noise_generator.device != dev:
+    if self.noise_generator is None or (self.noise_generator.device.type, self.noise_generator.device.index or 0) != (dev.type, dev.index or 0):
         self.noise_generator = torch.Generator(dev).manual_seed(torch.initial_seed() if self.seed is None else self.seed)
     self.distiller.generator = self.noise_generator
     if self.teacher_was is None:
