@@ -28,7 +28,10 @@ step() { # result file, command ...: runs once, keeps the log beside the result
   [ -s "$out/$result" ] && { echo "kept     $result"; return; }
   local left=$((end - SECONDS)); [ $left -lt 20 ] && { echo "no time  $result"; failed=1; return; }
   if timeout "$left" "$@" > "$out/$result.log" 2>&1 && [ -s "$out/$result" ]; then rm -f "$out/$result.log"; echo "done     $result"
-  else echo "FAILED   $result: $(tail -n 1 "$out/$result.log")"; failed=1; return 1; fi
+  else
+    [ ! -e "$out/$result" ] || mv "$out/$result" "$out/$result.failed"      # a report of failures is no result: the next call tries again
+    echo "FAILED   $result: $(tail -n 1 "$out/$result.log")"; failed=1; return 1
+  fi
 }
 
 # 1. the tests that need a GPU: fp16 and bf16 through a Learner, a recorded step against plain ones
