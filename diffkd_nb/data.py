@@ -289,7 +289,7 @@ class _Arrays:
     def __getitem__(self, i): return self.x[i], self.y[i]
     def new_empty(self): return _Arrays(self.x[:0], self.y[:0], self.classes)
 
-# %% ../nbs/10_data.ipynb #7351fd97
+# %% ../nbs/10_data.ipynb #34475f43
 class ArrayDL(DataLoader):
     "Batches from images in memory, made where the images are; after a batch `batch_index` and `batch_view` say what it holds"
     ahead = None # Batches that are cropped and normalised at a time: 32 on a GPU, 1 elsewhere by default
@@ -344,7 +344,8 @@ class ArrayDL(DataLoader):
         _, axs = subplots(math.ceil(n/cols), cols)
         for a in axs.flat[n:]: a.set_axis_off()
         for a,img,label in zip(axs.flat, x, y):
-            show_image((img.cpu()*std + mean).clamp(0, 1), ctx=a, title=self.dataset.classes[int(label)] if self.dataset.classes else int(label), **kwargs)
+            show_image((img.cpu()*std + mean).clamp(0, 1), ctx=a, title=self.dataset.classes[int(label)] if self.dataset.classes else int(label),
+                       **kwargs)
 
 # %% ../nbs/10_data.ipynb #248960d0
 def _views(augmentation):

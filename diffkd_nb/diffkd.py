@@ -57,7 +57,7 @@ def _check(**given):
     for k,v in given.items():
         if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}.")
 
-# %% ../nbs/05_diffkd.ipynb #688d5173
+# %% ../nbs/05_diffkd.ipynb #a39c3d2e
 class DiffKD(nn.Module):
     "DiffKD for one tap (Huang et al., *Knowledge Diffusion for Distillation*, NeurIPS 2023)"
     def __init__(self,
@@ -77,7 +77,8 @@ class DiffKD(nn.Module):
     ):
         super().__init__()
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
-        if start == 'gamma' and not adapter: raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
+        if start == 'gamma' and not adapter:
+            raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
         self.kind,self.align,self.steps,self.start,self.trained_by = kind,align,steps,start,trained_by
         self.variant = start == 'gamma' or trained_by != 'both' or norms == 'separate'
         width = latent_width(teacher_channels, latent) if kind == 'feature' else None
@@ -89,7 +90,8 @@ class DiffKD(nn.Module):
         self.denoiser = Denoiser(L, kind) if denoiser == 'diffusion' else None
         self.norms = None if norms == 'shared' or self.denoiser is None else nn.ModuleDict(
             {n.replace('.', '_'): type(m)(m.num_features) for n,m in self.denoiser.named_modules() if isinstance(m, _BatchNorm)})
-        self.project_out = nn.Sequential(nn.Conv2d(L, L, 1), nn.BatchNorm2d(L)) if kind == 'feature' else nn.Sequential(nn.Linear(L, L), nn.BatchNorm1d(L))
+        self.project_out = nn.Sequential(nn.Conv2d(L, L, 1), nn.BatchNorm2d(L)) if kind == 'feature' else nn.Sequential(nn.Linear(L, L),
+                nn.BatchNorm1d(L))
         self.schedule = NoiseSchedule()
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
@@ -127,13 +129,15 @@ def denoise(self:DiffKD,
     guess = self.denoiser.predict(self.schedule.add_noise(target, noise, t), embs[self.steps:])
     return x, F.mse_loss(guess.float(), noise.float())
 
-# %% ../nbs/05_diffkd.ipynb #3d6fc191
+# %% ../nbs/05_diffkd.ipynb #19b89a1d
 @patch
 def _student_tensors(self:DiffKD):
     "What the denoiser uses on the student's feature in place of its own tensors"
     own = {n: p.detach() for n,p in self.denoiser.named_parameters()} if self.trained_by == 'diffusion' else {}
     names = [n for n,m in self.denoiser.named_modules() if isinstance(m, _BatchNorm)] if self.norms is not None else []
-    for n in names: own.update({f'{n}.{k}': getattr(self.norms[n.replace('.', '_')], k) for k in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')})
+    for n in names:
+        own.update({f'{n}.{k}': getattr(self.norms[n.replace('.', '_')], k)
+                    for k in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')})
     return own
 
 @patch
@@ -226,7 +230,7 @@ def from_released(
     kind = 'feature' if 'model.pred.0.block.0.weight' in sd else 'logits'
     return load_released(DiffKD(C, ae.shape[1] if ae is not None else L, kind, latent=L if ae is not None else None, **kwargs), sd)
 
-# %% ../nbs/05_diffkd.ipynb #ded73ebc
+# %% ../nbs/05_diffkd.ipynb #f1e8cdc8
 class DiffKDDistiller(nn.Module):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names,stat_names = ('kd', 'diffusion', 'reconstruction'),('gamma',)
@@ -251,7 +255,8 @@ class DiffKDDistiller(nn.Module):
             if not isinstance(w, (int, float)) or not w >= 0: raise ValueError(f"the weight of {k!r} must be a number >= 0, got {w!r}.")
         self.names,self.lambdas,self.weights = names,lambdas,[float(weights.get(n, 1.)) for n in names]
         kinds = dict(feature=feature_loss, logits=logits_loss)
-        self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind, distance=distances.get(t.name, kinds[t.kind]), **kwargs) for t in plan)
+        self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind, distance=distances.get(t.name, kinds[t.kind]), **kwargs)
+                                  for t in plan)
         self.generator,self.stats = None,{}
 
     def forward(self,

@@ -37,7 +37,7 @@ __all__ = ['TABLE_CHECK', 'EXECUTORS', 'FULL_DATA', 'Method', 'parse_method', 'a
            'first_distiller', 'Check', 'Report', 'evaluate', 'add_same', 'verify', 'Cell', 'grid_cells', 'compare',
            'interval', 'paired_test', 'holm', 'verdict_word', 'Comparison']
 
-# %% ../nbs/13_experiment.ipynb #139f9cbc
+# %% ../nbs/13_experiment.ipynb #1002ad6a
 class Method(NamedTuple):
     "A distillation method and its options"
     name:str # Key of `METHODS`, or `'alone'`
@@ -59,7 +59,8 @@ def parse_method(
     parts = [parse_method(p) for p in re.split(r'\+(?=[a-z])', str(text))] if re.search(r'\+[a-z]', str(text)) else []
     if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts):
         raise InputError(f"method {text!r}: join different methods, each once.")
-    if any('taps' in p.options for p in parts): raise InputError(f"method {text!r}: taps belongs to a single method; joined methods take those of the run.")
+    if any('taps' in p.options for p in parts):
+        raise InputError(f"method {text!r}: taps belongs to a single method; joined methods take those of the run.")
     if parts:
         return Method('+'.join(p.name for p in parts), {p.name: p.options for p in parts if p.options},
                       float(np.prod([p.task_weight for p in parts])))
@@ -235,7 +236,7 @@ def _take_up(out, settings):
     if json.loads(state['settings']) != settings: raise other(json.loads(state['settings']))
     return None, state
 
-# %% ../nbs/13_experiment.ipynb #b3db39ab
+# %% ../nbs/13_experiment.ipynb #3987fcd9
 def run(
     recipe:str|Recipe, # How to train, see `RECIPES`
     data, # What on, see `open_data`
@@ -264,7 +265,8 @@ def run(
     if method.name != 'alone' and teacher is None: raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors.")
     if amp not in (None, 'bf16', 'fp16'): raise InputError(f"amp must be 'bf16', 'fp16' or None, got {amp!r}.")
     t_model, t_name = make_teacher(teacher, data) if method.name != 'alone' else (None, None)
-    settings = _settings(recipe, data, student, t_name, t_model, method, seed, taps, _stats(teacher_stats) if t_model is not None else None, amp, None, channels_last, graph)
+    settings = _settings(recipe, data, student, t_name, t_model, method, seed, taps, _stats(teacher_stats) if t_model is not None else None, amp,
+                         None, channels_last, graph)
     with _only_one(out):
         manifest, state = _take_up(out, settings)
         if manifest is None:
@@ -320,7 +322,7 @@ def _train(recipe, data, t_model, student, method, seed, out, settings, state, d
         with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs, start_epoch=began)
     return _finish(learn, log, out, settings, data, t_model, device, began, time.perf_counter() - start, keep_distiller, keep_student)
 
-# %% ../nbs/13_experiment.ipynb #5057ef04
+# %% ../nbs/13_experiment.ipynb #049f8c7c
 def _finish(learn, log, out, settings, data, t_model, device, began, seconds, keep_distiller, keep_student=True):
     "Write student and manifest; the manifest comes last, so a folder that has one is whole"
     for cb in learn.cbs:
@@ -334,7 +336,8 @@ def _finish(learn, log, out, settings, data, t_model, device, began, seconds, ke
     steps = len(learn.dls.train)
     peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     m = dict(status='finished', settings=settings, options=all_options(settings['method']), taps=_taps(first_distiller(learn)), code=code_version(), environment=environment(device),
-        result=dict(accuracy=acc[-1], best_accuracy=max(acc), best_epoch=1 + int(np.argmax(acc)), valid_loss=None if np.isnan(log.rows[-1]['valid_loss']) else log.rows[-1]['valid_loss']),
+        result=dict(accuracy=acc[-1], best_accuracy=max(acc), best_epoch=1 + int(np.argmax(acc)),
+                    valid_loss=None if np.isnan(log.rows[-1]['valid_loss']) else log.rows[-1]['valid_loss']),
         cost=dict(seconds=round(seconds, 1), resumed_at_epoch=began or None, ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps, peak_memory_mb=round(peak/2**20, 1),
                   peak_memory_of='GPU allocations' if device.type == 'cuda' else 'whole process', student_parameters=n_parameters(student), added_parameters=n_parameters(distiller) if distiller is not None else 0, **_graph(learn)),
         data=dict(spec=data.spec, n_train=data.n_train, n_valid=data.n_valid, classes=len(data.classes)), student_hash=state_hash(student),
@@ -394,7 +397,7 @@ def _verify_files(out, m, checks):
     add('the best accuracy is that of the log', acc and max(acc) == r['best_accuracy'],
         f"manifest {r['best_accuracy']}, log {max(acc, default=None)}")
 
-# %% ../nbs/13_experiment.ipynb #93f58886
+# %% ../nbs/13_experiment.ipynb #fe0673b1
 def evaluate(
     model:nn.Module, # Classifier
     data, # See `open_data`
@@ -429,11 +432,12 @@ def _verify_student(out, m, data, checks, device):
     if not s['recipe'].get('label_smoothing'):
         was = m['result']['valid_loss']
         was = float('nan') if was is None else was       # a student that diverged
-        add('the student gives the loss of the manifest', np.isclose(loss, was, rtol=1e-3, atol=1e-3, equal_nan=True), f"now {loss:.5f}, manifest {was:.5f}")
+        add('the student gives the loss of the manifest', np.isclose(loss, was, rtol=1e-3, atol=1e-3, equal_nan=True),
+            f"now {loss:.5f}, manifest {was:.5f}")
 
 def add_same(add, a, b): add('the data is the same', a == b, f'{a[:20]}..., manifest {b[:20]}...'); return a == b
 
-# %% ../nbs/13_experiment.ipynb #be5b99f0
+# %% ../nbs/13_experiment.ipynb #e6f01663
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not where it was
@@ -462,10 +466,12 @@ def verify(
                 try: opened[spec] = open_data(spec)
                 except InputError: opened[spec] = spec
             _verify_student(out, m, opened[spec], checks, device)
-        if 'student.safetensors' not in m['files']: checks.append(Check(str(out), 'the student gives the accuracy of the manifest', None, 'the student was not kept'))
+        if 'student.safetensors' not in m['files']:
+            checks.append(Check(str(out), 'the student gives the accuracy of the manifest', None, 'the student was not kept'))
         if teacher is not None and m['settings']['teacher_hash']:
             weights = load_file(teacher)
-            same = m['settings']['teacher_hash'] in [state_hash({k: v.to(t) if v.is_floating_point() else v for k,v in weights.items()}) for t in (torch.float32, torch.float16)]
+            same = m['settings']['teacher_hash'] in [state_hash({k: v.to(t) if v.is_floating_point() else v for k,v in weights.items()})
+                                                     for t in (torch.float32, torch.float16)]
             checks.append(Check(str(out), 'the teacher is the one on record', same, 'other weights'))
     if (folder/'table.csv').is_file() and (folder/'grid.json').is_file(): checks.append(_verify_table(folder))
     return checks

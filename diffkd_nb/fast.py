@@ -31,7 +31,7 @@ class CudaRecording:
         with torch.cuda.graph(self.graph): step()
     def replay(self): self.graph.replay()
 
-# %% ../nbs/18_fast.ipynb #14717877
+# %% ../nbs/18_fast.ipynb #dcad6097
 _tensors = lambda o: [o] if isinstance(o, Tensor) else [t for x in o for t in _tensors(x)] if isinstance(o, (list, tuple)) else []
 
 class CannotRecord(RuntimeError): "An operation that no recording can repeat"
@@ -47,7 +47,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func).rpartition('.')[0]
         if name in _HOST: raise CannotRecord(f"{_HOST[name]} ({name})")
-        if name == 'aten.index' and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]): raise CannotRecord('a shape depends on values (aten.index with a mask)')
+        if name == 'aten.index' and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            raise CannotRecord('a shape depends on values (aten.index with a mask)')
         kwargs = kwargs or {}
         for t in _tensors([args, list(kwargs.values())]): self.found.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().clone()))
         out = func(*args, **kwargs)
@@ -86,7 +87,7 @@ class TapeRecording:
                 for old,new in zip(out, _tensors(func(*args, **kwargs))):
                     if own(old) not in given and old.numel(): old.copy_(new)
 
-# %% ../nbs/18_fast.ipynb #b4ebd56d
+# %% ../nbs/18_fast.ipynb #beb24a68
 _INSIDE = ('after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step', 'after_step')
 _KNOWN = (GradientClip, Recorder, TrainEvalCallback)
 
@@ -105,7 +106,8 @@ def why_plain(
         elif isinstance(cb, MixedPrecision):
             if cb.amp_mode != AMPMode.BF16: return 'fp16 decides about each step from the size of the gradients: use bf16'
         elif isinstance(cb, MixHandler): return f'{cb.name} mixes each batch in another way'
-        elif inside and not isinstance(cb, _KNOWN) and not getattr(type(cb), 'recordable', False): return f'the callback {cb.name} acts in {inside[0]}'
+        elif inside and not isinstance(cb, _KNOWN) and not getattr(type(cb), 'recordable', False):
+            return f'the callback {cb.name} acts in {inside[0]}'
     return None
 
 # %% ../nbs/18_fast.ipynb #ed47b18f
@@ -130,7 +132,7 @@ class _SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss.device) if self.count == 1 else self.val, self.beta)
 
-# %% ../nbs/18_fast.ipynb #aae76c1c
+# %% ../nbs/18_fast.ipynb #c2995ea6
 class CudaGraphStep(Callback):
     "Record the whole training step and replay it: one launch in place of thousands, the same results"
     order = 75 # its events come after all that prepare a batch
@@ -139,7 +141,8 @@ class CudaGraphStep(Callback):
         recording=None, # Class of the recording: `CudaRecording` on a GPU, none elsewhere by default; `TapeRecording` to test on the CPU
         verbose:bool=True # Say when a training cannot be recorded
     ):
-        if not isinstance(warmup, int) or warmup < 1: raise ValueError(f"warmup must be a whole number >= 1 (the optimiser's state has to exist), got {warmup!r}.")
+        if not isinstance(warmup, int) or warmup < 1:
+            raise ValueError(f"warmup must be a whole number >= 1 (the optimiser's state has to exist), got {warmup!r}.")
         self.warmup,self.recording,self.verbose,self.reason,self.smooth,self.recorded = warmup,recording,verbose,None,None,0
         self.active = False
         self.forget()
@@ -226,7 +229,7 @@ def __deepcopy__(self:CudaGraphStep, memo):
     if self.learn is not None: new.learn = deepcopy(self.learn, memo)
     return new
 
-# %% ../nbs/18_fast.ipynb #b3af75c6
+# %% ../nbs/18_fast.ipynb #579a9892
 @patch
 def _distillers(self:CudaGraphStep): return [cb for cb in self.learn.cbs if isinstance(cb, DistillCallback)] if self.learn is not None else []
 
@@ -239,7 +242,8 @@ def _memory(self:CudaGraphStep):
     owned += [t for m in modules for t in (*m.parameters(), *m.buffers())]
     flags = [p.requires_grad for m in modules for p in m.parameters()]
     hypers = [{k: v for k,v in g.items() if k not in ('params', 'lr')} for g in opt.param_groups]
-    return [t.data_ptr() for t in owned], flags, hypers, [(id(cb.noise_generator), cb.task_weight) for cb in self._distillers()], id(self.learn.loss_func)
+    return [t.data_ptr() for t in owned], flags, hypers, [(id(cb.noise_generator), cb.task_weight)
+                                                          for cb in self._distillers()], id(self.learn.loss_func)
 
 # %% ../nbs/18_fast.ipynb #bcc33986
 @patch
@@ -265,7 +269,7 @@ def _aside(self:CudaGraphStep, plain):
     with torch.cuda.stream(side): plain()
     torch.cuda.current_stream().wait_stream(side)
 
-# %% ../nbs/18_fast.ipynb #5b443094
+# %% ../nbs/18_fast.ipynb #7c540269
 @patch
 def _record(self:CudaGraphStep, learn, plain, key):
     "Record a step without counting it; False where that fails, and then all is as before"
@@ -289,7 +293,11 @@ def _give_up(self:CudaGraphStep, learn, error, seen):
     warn(f'CudaGraphStep: this step cannot be recorded, training goes on with plain steps: {self.reason}')
     if self.kind is CudaRecording: torch.cuda.synchronize()
     for p in (p for g in learn.opt.opt.param_groups for p in g['params']): p.grad = None
-    for cb,n in zip(self._distillers(), seen): cb.seen,cb.captured = n,False; cb.teacher_capture.detach(); cb.student_capture.detach(); cb.student_capture.attach()
+    for cb,n in zip(self._distillers(), seen):
+        cb.seen,cb.captured = n,False
+        cb.teacher_capture.detach()
+        cb.student_capture.detach()
+        cb.student_capture.attach()
     for cb in learn.cbs:
         if isinstance(cb, MixedPrecision) and not torch.is_autocast_enabled('cuda'): cb.before_batch()
     return False
