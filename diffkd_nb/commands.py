@@ -19,10 +19,11 @@ from .recipes import RECIPES, get_recipe
 # %% auto #0
 __all__ = ['at_least', 'train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
-# %% ../nbs/17_commands.ipynb #b8edb440
+# %% ../nbs/17_commands.ipynb #4731d6e7
 _HELP = argparse.RawDescriptionHelpFormatter
 _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER (images stay on disk) | arrays:FOLDER (read into memory),
-         each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50'
+         each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50';
+         CIFAR also with ?holdout=N (validate on the last N training images of each class)
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, package.module:function
 methods: alone, {', '.join(METHODS)}
          options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
@@ -52,6 +53,9 @@ def _common(p):
     p.add_argument('--workers', type=at_least(0), help='processes that read images from disk (folder:FOLDER only; default: 2)')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision, on a GPU')
+    p.add_argument('--channels-last', action='store_true', help='keep maps with the channels last: faster, rounded in another order')
+    p.add_argument('--graph', action='store_true', help='record the training step as a CUDA graph, on a GPU')
+    p.add_argument('--eval-batch', type=at_least(1), help='images per validation batch')
 
 def _recipe(a):
     if a.download: open_data(a.data, download=True)
@@ -61,7 +65,7 @@ def _recipe(a):
 
 def _options(a):
     return {k: v for k,v in dict(teacher_stats=a.teacher_stats, cache=a.cache, device=a.device, amp=a.amp,
-                                 num_workers=a.workers).items() if v is not None}
+                                 num_workers=a.workers, channels_last=a.channels_last or None, graph=a.graph or None, eval_batch=a.eval_batch).items() if v is not None}
 
 # %% ../nbs/17_commands.ipynb #0ca0e792
 def _guarded(name, work, out=None):
@@ -107,7 +111,7 @@ def train_main(argv:list|None=None) -> int: # Exit status
         return 0
     return _guarded('diffkd_train', work, a.out)
 
-# %% ../nbs/17_commands.ipynb #b328f7f0
+# %% ../nbs/17_commands.ipynb #8f0941f1
 def compare_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_compare`"
     p = argparse.ArgumentParser('diffkd_compare', formatter_class=_HELP, description=textwrap.fill('Train every method on every pair with every seed, and say which differences are real. '
@@ -124,8 +128,9 @@ examples:
     p.add_argument('--methods', nargs='+', default=['alone', 'kd', 'diffkd'], help='what to compare (default: alone kd diffkd)')
     p.add_argument('--seeds', type=at_least(1), default=3, help='runs of each method (default: 3)')
     p.add_argument('--reference', help='method that the others are compared with (default: alone, or the one on record)')
-    p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time (default: 1)')
+    p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, also on one GPU (default: 1)')
     p.add_argument('--threads', type=at_least(1), help='CPU threads of a run (default: all cores over --jobs)')
+    p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
     p.add_argument('--executor', choices=list(EXECUTORS), default='process',
                    help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
     p.add_argument('--out', type=Path, help='folder of the comparison; made if missing')
@@ -137,7 +142,7 @@ def _common_actions():
     for a in p._actions: a.required = False
     return p._actions
 
-# %% ../nbs/17_commands.ipynb #9fa8b808
+# %% ../nbs/17_commands.ipynb #b22468d7
 def compare_main(argv:list|None=None) -> int: # Exit status
     "The command `diffkd_compare`"
     p = compare_parser(); a = p.parse_args(argv)
@@ -148,7 +153,9 @@ def compare_main(argv:list|None=None) -> int: # Exit status
         if a.show: result = Comparison(a.show)
         else:
             result = compare(a.pair, a.methods, a.seeds, _recipe(a), a.data, a.out, a.reference or 'alone', a.jobs, a.threads, a.executor,
-                             **_options(a))
+                             minutes=a.minutes, **_options(a))
+        if not result.manifests and a.minutes is not None and not result.failed:
+            print(f'No run was finished in {a.minutes:g} minutes. The same command goes on from here.'); return 0
         if not result.manifests: raise InputError(f'{result.folder} holds no finished run{"" if not result.failed else "; see the messages above"}.')
         ref = a.reference or result.grid['reference']
         print('\n' + result.markdown(ref)); print('\n'.join(result.verdicts(ref)))
