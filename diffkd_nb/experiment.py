@@ -533,7 +533,7 @@ class _Processes:
             for p,(job,err) in running.items(): p.wait(); err.close(); Path(job['log']).unlink(missing_ok=True)
         return failed
 
-# %% ../nbs/13_experiment.ipynb #0656acce
+# %% ../nbs/13_experiment.ipynb #0e5f0607
 def _ray_cell(job, token):
     "A cell on a Ray worker; gives (error or None, files to write or {})"
     out = Path(job['out'])
@@ -547,7 +547,6 @@ class _Ray:
     "Runs jobs on a Ray cluster (the one that `ray.init` finds, or a local one)"
     def __init__(self, jobs): self.jobs = jobs
     def __call__(self, todo, tick, deadline=math.inf):
-        if deadline < math.inf: raise InputError("minutes works with executor='process' or 'here': a cluster's workers are not stopped half-way.")
         try: import ray
         except ImportError:
             raise InputError("executor='ray' needs Ray, which is not installed: pip install 'ray[default]', or use executor='process'.") from None
@@ -600,7 +599,7 @@ def grid_cells(pairs, methods, seeds) -> list[Cell]:
         if len(p) != 2: raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
-# %% ../nbs/13_experiment.ipynb #5c5137e4
+# %% ../nbs/13_experiment.ipynb #668d3cda
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
@@ -618,6 +617,7 @@ def compare(
 ) -> Comparison: # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on after an interruption or to add seeds and methods"
     recipe, out = get_recipe(recipe) if isinstance(recipe, str) else recipe, Path(out)
+    if minutes is not None and executor == 'ray': raise InputError("minutes works with executor='process' or 'here': a cluster's workers are not stopped half-way.")
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
     if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
     if not isinstance(data, str):
@@ -641,9 +641,9 @@ def compare(
             seen[0] = done
             bar.comment = f"{sum((out/c.folder/'manifest.json').is_file() for c in cells)} of {len(cells)} runs"
             bar.update(done)
-    failed = EXECUTORS[executor](jobs)([job(c) for c in todo], tick, **({} if deadline == math.inf else {'deadline': deadline}))
     write_whole(out/'grid.json', json.dumps(dict(cells=[c.folder for c in cells], reference=str(parse_method(reference)), recipe=recipe.to_dict(),
                                                  data=opened.name), indent=1))
+    failed = EXECUTORS[executor](jobs)([job(c) for c in todo], tick, **({} if deadline == math.inf else {'deadline': deadline}))
     result = Comparison(out)
     result.failed = {str(Path(k).relative_to(out)): v for k,v in failed.items()}
     for k,v in result.failed.items(): print(f'FAILED {k}: {v}', file=sys.stderr)
