@@ -87,7 +87,7 @@ class TapeRecording:
                 for old,new in zip(out, _tensors(func(*args, **kwargs))):
                     if own(old) not in given and old.numel(): old.copy_(new)
 
-# %% ../nbs/18_fast.ipynb #beb24a68
+# %% ../nbs/18_fast.ipynb #ff57f1ac
 _INSIDE = ('after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step', 'after_step')
 _KNOWN = (GradientClip, Recorder, TrainEvalCallback)
 
@@ -98,6 +98,8 @@ def why_plain(
     if not isinstance(learn.opt, OptimWrapper) or not isinstance(learn.opt.opt, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
         kind = type(getattr(learn.opt, 'opt', learn.opt)).__name__
         return f"its optimiser is {kind}, and only PyTorch's SGD, Adam and AdamW in an OptimWrapper can be recorded"
+    hooked = next((n for n,m in learn.model.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks), None)
+    if hooked is not None: return f'the model has a hook (on {hooked or "itself"!r}), and Python does not run in a recorded step'
     for cb in learn.cbs:
         inside = [e for e in _INSIDE if hasattr(type(cb), e)]
         if isinstance(cb, DistillCallback):

@@ -109,6 +109,16 @@ def test_what_cannot_be_recorded_is_plain_and_says_why(kw, says, capsys):
     for k,v in weights(a).items(): assert torch.equal(v, b.model.state_dict()[k]), k
 
 
+def test_a_hook_of_someone_else_keeps_the_steps_plain(capsys):
+    learn, seen = learner(), []
+    handle = learn.model[0].register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    step_of(learn).verbose = True
+    fit(learn, 1)
+    assert "has a hook (on '0')" in capsys.readouterr().out and step_of(learn).recorded == 0 and len(seen) >= 10
+    handle.remove(); fit(learn, 1)
+    assert step_of(learn).recorded == 1
+
+
 def test_a_callback_can_declare_itself_recordable():
     assert step_of(fit(learner(cbs=[Neutral()]), 1)).recorded == 1
 
