@@ -84,7 +84,7 @@ _VALID = { # Schedule to field to test and what is expected
     Cosine: dict(final=(partial(_number, high=1.), 'between 0 and 1')),
     OneCycle: dict(up=(lambda v: _positive(v) and v < 1, 'between 0 and 1'), start=(_positive, 'a positive number'), final=(_number, 'a number >= 0'))}
 
-# %% ../nbs/12_recipes.ipynb #fd72636b
+# %% ../nbs/12_recipes.ipynb #857d7c41
 @dataclass(frozen=True)
 class Recipe:
     "How to train: a row of the paper's table 1 and what the table leaves unsaid"
@@ -100,14 +100,15 @@ class Recipe:
     label_smoothing:float=0. # Share of the target spread over all classes
     ema:float=0. # Decay of the weights' moving average, 0 for none
     schedule:object=Constant() # Factor on the rate, see `SCHEDULES`
-    warmup:float=0. # Epochs of linear rise from 0 before the schedule's own rate
+    warmup:float=0. # Epochs of linear rise from 0 to the peak; after them the schedule's own rate
     augmentation:tuple=('crop', 'flip') # Names for the data's loaders, perhaps `'name:value'`
     mixup:float=0. # Alpha of MixUp, 0 for none
     cutmix:float=0. # Alpha of CutMix, 0 for none; with MixUp, one of the two per batch
     clip:float=0. # Largest norm of the gradient, 0 for none
+    drop_path:float=0. # Stochastic depth of the student, 0 for none; for models of timm
     def __post_init__(self): self._check()
 
-# %% ../nbs/12_recipes.ipynb #9356b227
+# %% ../nbs/12_recipes.ipynb #718d8d21
 from fastcore.basics import patch
 
 @patch
@@ -117,7 +118,7 @@ def _check(self:Recipe):
     for f in ('epochs', 'batch_size'): need(_number(getattr(self, f), 1) and isinstance(getattr(self, f), int), f, 'a whole number >= 1')
     need(_positive(self.lr), 'lr', 'a positive number')
     for f in ('weight_decay', 'warmup', 'mixup', 'cutmix', 'clip'): need(_number(getattr(self, f)), f, 'a number >= 0')
-    for f in ('momentum', 'label_smoothing', 'ema'): need(_number(v := getattr(self, f)) and v < 1, f, 'at least 0 and below 1')
+    for f in ('momentum', 'label_smoothing', 'ema', 'drop_path'): need(_number(v := getattr(self, f)) and v < 1, f, 'at least 0 and below 1')
     need(isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS, 'optimizer', f"one of {', '.join(OPTIMIZERS)}")
     need(type(self.schedule) in SCHEDULES.values(), 'schedule', f"one of {', '.join(SCHEDULES)}")
     for f,(ok,expected) in _VALID[type(self.schedule)].items():
@@ -149,11 +150,11 @@ def scaled(self:Recipe,
     by = epochs/self.epochs
     return self.replace(name=f'{self.name} over {epochs} epochs', epochs=epochs, schedule=self.schedule.scaled(by), warmup=self.warmup*by)
 
-# %% ../nbs/12_recipes.ipynb #09047446
+# %% ../nbs/12_recipes.ipynb #25a4f2f7
 @patch
 def to_dict(self:Recipe) -> dict:
     "Plain values, for JSON"
-    return {**{f.name: getattr(self, f.name) for f in fields(self)}, 'augmentation': list(self.augmentation),
+    return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name != 'drop_path' or self.drop_path}, 'augmentation': list(self.augmentation),
             'schedule': {'kind': type(self.schedule).__name__, **asdict(self.schedule)}}
 
 @patch(cls_method=True)
@@ -182,7 +183,7 @@ def row(self:Recipe) -> dict: # Columns of the paper's table 1, and the rest und
     mix = [n for n,v in (('Mixup', self.mixup), ('CutMix', self.cutmix)) if v]
     return {'recipe': self.name, 'data': self.dataset, 'epochs': str(self.epochs), 'batch': str(self.batch_size), 'lr': f'{self.lr:g}', 'optimiser': names[self.optimizer], 'weight decay': dash(self.weight_decay),
             'label smoothing': dash(self.label_smoothing), 'EMA': dash(self.ema), 'schedule': str(self.schedule), 'augmentation': ' + '.join([*(a.partition(':')[0].replace('_', ' ') for a in self.augmentation), *mix]) or '-',
-            'momentum': f"{self.momentum:g}{' (Nesterov)' if self.nesterov else ''}" if self.optimizer in ('sgd', 'rmsprop') else '-', 'warm-up': dash(self.warmup), 'clip': dash(self.clip)}
+            'momentum': f"{self.momentum:g}{' (Nesterov)' if self.nesterov else ''}" if self.optimizer in ('sgd', 'rmsprop') else '-', 'warm-up': dash(self.warmup), 'clip': dash(self.clip), 'drop path': dash(self.drop_path)}
 
 @patch
 def __str__(self:Recipe):
@@ -194,14 +195,15 @@ def recipe_table(recipes) -> pd.DataFrame: # One row per recipe
     "Recipes as the paper's table 1"
     return pd.DataFrame([r.row() for r in recipes]).set_index('recipe')
 
-# %% ../nbs/12_recipes.ipynb #ebfe6b4d
-_B2 = ('crop', 'flip', 'randaugment:9', 'random_erasing:0.2')
+# %% ../nbs/12_recipes.ipynb #d1180719
+_RAND = 'randaugment:rand-m9-mstd0.5'
 RECIPES = {r.name: r for r in ( # Recipes by name
     Recipe('A1', 'CIFAR-100', 240, 64, .05, weight_decay=5e-4, schedule=Steps((150, 180, 210))),
     Recipe('B1', 'ImageNet', 100, 256, .1, nesterov=True, weight_decay=1e-4, schedule=Every(30)),
-    Recipe('B2', 'ImageNet', 450, 768, .048, 'rmsprop', weight_decay=1e-5, label_smoothing=.1, ema=.9999, schedule=Every(2.4, .97), augmentation=_B2),
+    Recipe('B2', 'ImageNet', 450, 768, .048, 'rmsprop', weight_decay=1e-5, label_smoothing=.1, ema=.9999, schedule=Every(2.4, .97), warmup=3.,
+           augmentation=('crop', 'flip', _RAND, 'random_erasing:0.2')),
     Recipe('B3', 'ImageNet', 300, 1024, 5e-4, 'adamw', weight_decay=5e-2, label_smoothing=.1, schedule=Cosine(),
-           augmentation=(*_B2, 'color_jitter:0.4'), mixup=.8, cutmix=1.),
+           augmentation=('crop:bicubic', 'flip', _RAND, 'random_erasing:0.25', 'color_jitter:0.4'), mixup=.8, cutmix=1., warmup=20., clip=5., drop_path=.2),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
     Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()))}
 
@@ -213,7 +215,7 @@ def get_recipe(
     if isinstance(name, str) and name in RECIPES: return RECIPES[name]
     raise InputError(f"there is no recipe named {name!r}: expected one of {', '.join(RECIPES)}.")
 
-# %% ../nbs/12_recipes.ipynb #ed01274b
+# %% ../nbs/12_recipes.ipynb #4db466a8
 @patch
 def opt_func(self:Recipe): # For `Learner(opt_func=...)`
     "The optimiser"
@@ -230,7 +232,7 @@ def lr_at(self:Recipe,
 ) -> float:
     "Learning rate at a moment of the training"
     epoch = epoch + 1e-6 # a boundary that floating point puts a hair too early
-    return self.lr*self.schedule.rate(epoch, self.epochs)*(min(1., epoch/self.warmup) if self.warmup else 1.)
+    return self.lr*(epoch/self.warmup if epoch < self.warmup else self.schedule.rate(epoch, self.epochs))
 
 # %% ../nbs/12_recipes.ipynb #983c3651
 class _Unsaved:
@@ -300,11 +302,17 @@ def _validate(self:EMACallback, *args, **kwargs):
     try: self.use_average(); learn._do_epoch_validate(*args, **kwargs)
     finally: learn.model.load_state_dict(own)
 
-# %% ../nbs/12_recipes.ipynb #3d0d3821
+# %% ../nbs/12_recipes.ipynb #8fc22046
 _PAPER = { # Our names to the paper's
     'alone': 'student', 'kd': 'KD', 'fitnet': 'FitNet', 'rkd': 'RKD', 'srrl': 'SRRL', 'reviewkd': 'ReviewKD', 'dkd': 'DKD', 'dist': 'DIST', 'crd': 'CRD', 'vid': 'VID', 'pkt': 'PKT',
     'diffkd': 'DiffKD', 'diffkd:logits_loss=dist': 'DiffKD+DIST',
-    **{f'resnet{n}': f'ResNet-{n}' for n in (18, 20, 34, 50, 56)}, 'resnet8x4': 'ResNet-8x4', 'resnet32x4': 'ResNet-32x4',
+    'fitnet:weight=1': 'MSE', 'diffkd:taps=feature': 'DiffKD (feature)', 'diffkd:taps=logits': 'DiffKD (logits)',
+    'diffkd:latent=None': 'DiffKD latent channels no autoencoder', **{f'diffkd:latent={n}': f'DiffKD latent channels {n}' for n in (128, 256, 512, 1024, 2048)},
+    'diffkd:adapter=False': 'DiffKD without noise adapter', **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)},
+    **{f'resnet{n}': f'ResNet-{n}' for n in (18, 20, 34, 50, 56)}, **{f'torchvision:resnet{n}': f'ResNet-{n}' for n in (18, 34, 50)},
+    'torchvision:mobilenet_v2': 'MobileNetV2', 'torchvision:efficientnet_b0': 'EfficientNet-B0', 'timm:swin_tiny_patch4_window7_224': 'Swin-T',
+    'timm:resnet50.a1_in1k': 'ResNet-50 (timm)', 'timm:swin_large_patch4_window7_224.ms_in22k_ft_in1k': 'Swin-L (ImageNet-22K)',
+    'resnet8x4': 'ResNet-8x4', 'resnet32x4': 'ResNet-32x4',
     'wrn_40_1': 'WRN-40-1', 'wrn_40_2': 'WRN-40-2', 'resnet50_cifar': 'ResNet-50', 'mobilenetv2_cifar': 'MobileNetV2', 'shufflenetv1': 'ShuffleNetV1', 'shufflenetv2': 'ShuffleNetV2', 'mobilenetv1': 'MobileNetV1'}
 
 def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, student, method, metric, value, std, note
@@ -321,5 +329,6 @@ def published(
     if not hasattr(published, 'rows'): published.rows = list(csv.DictReader((resources.files('diffkd_nb')/'published.csv').read_text().splitlines()))
     name = lambda s: _PAPER.get(s, s)
     want = dict(teacher=name(teacher), student=name(student), dataset=dataset, metric=metric, **({'method': name(method)} if method else {}))
-    return [{**r, 'value': float(r['value']), 'std': float(r['std']) if r['std'] else None, 'source': f"Huang et al. 2023, table {r['table']}"}
-            for r in published.rows if r['table'].isdigit() and all(r[k] == v for k,v in want.items())]
+    where = lambda t: f'table {t}' if t.isdigit() else t.lower()
+    return [{**r, 'value': float(r['value']), 'std': float(r['std']) if r['std'] else None, 'source': f"Huang et al. 2023, {where(r['table'])}"}
+            for r in published.rows if (r['table'].isdigit() or r['table'].startswith('Figure')) and all(r[k] == v for k,v in want.items())]
