@@ -59,7 +59,8 @@ setup(
     packages=find_packages(include=[name, name + '.*']),
     install_requires=cfg['requirements'].split(),
     package_data={name: ['published.csv']},
-    extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split(),
+                    'distributed': cfg['distributed_requirements'].split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{name}={name}._modidx:d'],

@@ -97,23 +97,25 @@ class DiffKD(nn.Module):
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
         self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature)
 
-# %% ../nbs/05_diffkd.ipynb #fb0b2d4c
+# %% ../nbs/05_diffkd.ipynb #c10a460f
 from fastcore.basics import patch
 
 @patch
 def draw(self:DiffKD,
     student:Tensor, # Student feature, as given to `forward`
     teacher:Tensor, # Teacher feature, as given to `forward`
-    generator:torch.Generator|None=None # Source of the draws; PyTorch's global one if not given
+    generator:torch.Generator|None=None, # Source of the draws; PyTorch's global one if not given
+    part:tuple=(0, 1) # This process and the number of processes, each with such a part of the batch
 ) -> tuple: # (noise, diffusion_noise, timesteps), None where there is nothing to draw
-    "The random draws of one call, in the released order"
-    shape, t = (len(student), self.width), teacher.shape[2:]
+    "The random draws of one call, in the released order; those of the whole batch, of which a process keeps its part"
+    b, t = len(student), teacher.shape[2:]
+    shape, mine = (b*part[1], self.width), slice(b*part[0], b*(part[0]+1))
     if self.kind == 'feature':
         shape += {'smaller': tuple(map(min, student.shape[2:], t)), 'student': tuple(student.shape[2:]), 'teacher': tuple(t)}[self.align]
     g = dict(device=student.device) if generator is None else dict(device=student.device, generator=generator)
-    noise = torch.randn(shape, **g) if self.adapter is not None else None
+    noise = torch.randn(shape, **g)[mine] if self.adapter is not None else None
     if self.denoiser is None: return noise, None, None
-    return noise, torch.randn(shape, **g), torch.randint(0, N_TIMES, shape[:1], **g)
+    return noise, torch.randn(shape, **g)[mine], torch.randint(0, N_TIMES, shape[:1], **g)[mine]
 
 # %% ../nbs/05_diffkd.ipynb #02d7d4bc
 @patch
@@ -230,7 +232,7 @@ def from_released(
     kind = 'feature' if 'model.pred.0.block.0.weight' in sd else 'logits'
     return load_released(DiffKD(C, ae.shape[1] if ae is not None else L, kind, latent=L if ae is not None else None, **kwargs), sd)
 
-# %% ../nbs/05_diffkd.ipynb #f1e8cdc8
+# %% ../nbs/05_diffkd.ipynb #b9804321
 class DiffKDDistiller(nn.Module):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names,stat_names = ('kd', 'diffusion', 'reconstruction'),('gamma',)
@@ -257,14 +259,14 @@ class DiffKDDistiller(nn.Module):
         kinds = dict(feature=feature_loss, logits=logits_loss)
         self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind, distance=distances.get(t.name, kinds[t.kind]), **kwargs)
                                   for t in plan)
-        self.generator,self.stats = None,{}
+        self.generator,self.stats,self.part = None,{},(0, 1)
 
     def forward(self,
         student:Mapping[str,Tensor], # Tap name to (B, C, H, W)
         teacher:Mapping[str,Tensor], # Tap name to (B, D, H', W')
         target:Tensor|None=None # Labels; not used
     ) -> dict: # `kd`, `diffusion`, `reconstruction`: weighted float32 scalars, summed over taps
-        outs = [tap(student[n], teacher[n], *tap.draw(student[n], teacher[n], self.generator)) for n,tap in zip(self.names, self.taps)]
+        outs = [tap(student[n], teacher[n], *tap.draw(student[n], teacher[n], self.generator, self.part)) for n,tap in zip(self.names, self.taps)]
         self.stats = {'gamma': torch.stack([o.gamma.detach().mean() for o in outs]).mean()}
         return {k: sum(lam*w*getattr(o, k+'_loss') for w,o in zip(self.weights, outs)) for k,lam in self.lambdas.items()}
 

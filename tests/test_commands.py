@@ -43,7 +43,7 @@ def test_train_interrupt_go_on_verify(tmp_path):
     ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--teacher', 'small:8', '--out', 'OUT'], 'NAME@FILE.safetensors'),
     ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--teacher', 'small:8@nowhere', '--out', 'OUT'], 'nowhere is not a file'),
     ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--method', 'alone', '--batch-size', '2000', '--out', 'OUT'], 'fewer than one batch of 2000'),
-    ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--method', 'alone', '--recipe', 'B2', '--out', 'OUT'], "'randaugment:9'"),
+    ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--method', 'alone', '--recipe', 'B2', '--out', 'OUT'], "'randaugment:rand-m9-mstd0.5'"),
     ('diffkd_train', ['--data', 'digits', '--student', 'small:4', '--method', 'alone', '--epochs', '0', '--out', 'OUT'], 'at least 1'),
     ('diffkd_compare', ['--data', 'digits', '--out', 'OUT'], '--pair'),
     ('diffkd_compare', ['--show', 'nowhere'], 'not a folder'),
