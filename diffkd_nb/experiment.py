@@ -647,7 +647,7 @@ def compare(
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint, and the next call goes on from there
     progress:bool=True, # Show a progress bar
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, amp, channels_last, graph, eval_batch, checkpoint_every
-) -> Comparison: # Table, plot and verdicts
+) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on after an interruption or to add seeds and methods"
     recipe, out = get_recipe(recipe) if isinstance(recipe, str) else recipe, Path(out)
     if world_size() > 1: raise InputError("a comparison starts processes of its own: call it without torchrun. One run in several processes is what run() and the command train do.")
