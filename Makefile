@@ -10,8 +10,9 @@ PIP_FLAGS ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE  := _docs_offline
 
-.PHONY: help install demo test test-slow check-export test-notebooks test-pytest readme notebooks run clean
+.PHONY: help install demo test test-slow check-export test-notebooks test-pytest readme docs notebooks run clean
 
 help:
 	@echo "make install           virtual environment in $(VENV), package and tools (PYTHON=, PIP_FLAGS=)"
@@ -19,6 +20,7 @@ help:
 	@echo "make test              export check, notebooks, tests"
 	@echo "make test-slow         the same with what is marked slow"
 	@echo "make readme            README.md from nbs/index.ipynb"
+	@echo "make docs              the site for reading offline, without Quarto, in $(SITE)"
 	@echo "make run NB=file       execute one notebook and keep its outputs (FLAGS=\"slow cuda\")"
 	@echo "make notebooks         execute all notebooks and keep their outputs"
 	@echo "make clean             remove what builds and tests left behind"
@@ -69,6 +71,9 @@ test-pytest: install
 readme: install
 	$(BIN)/python tools/readme.py
 
+docs: install
+	$(BIN)/python tools/docs.py --out $(SITE)
+
 run: install
 	@test -f "$(NB)" || { echo 'Name a notebook: make run NB=nbs/00_taps.ipynb [FLAGS="slow cuda"]'; exit 1; }
 	$(BIN)/nbdev-test --save --do-print --timing --flags "$(FLAGS)" $(NB)
@@ -79,5 +84,5 @@ notebooks: install
 	$(BIN)/nbdev-clean
 
 clean:
-	rm -rf build dist *.egg-info _proc _docs .pytest_cache diffkd_demo
+	rm -rf build dist *.egg-info _proc _docs $(SITE) .pytest_cache diffkd_demo
 	find diffkd_nb nbs tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
