@@ -362,7 +362,7 @@ def load_teacher(
     t = TEACHERS[stem]
     return load_weights(make_model(t['model'], t['n_classes'], 3, t['img_size']), path).eval()
 
-# %% ../nbs/11_models.ipynb #bcaeda75
+# %% ../nbs/11_models.ipynb #84e01600
 class Published(NamedTuple):
     "Weights that a library publishes"
     name:str # Name of the model, without the library
@@ -384,7 +384,7 @@ def published_weights(
     bare = rest if colon else name
     if kind != 'torchvision' and name not in MODELS and timm.is_model(bare): return _timm_weights(name, bare, tag)
     if kind != 'timm' and name not in MODELS and bare in torchvision.models.list_models(): return _torchvision_weights(name, bare, tag)
-    raise InputError(f"{name}@{tag}: nobody publishes weights of {name!r} (timm and torchvision do for theirs), and {tag!r} is no file: give {name}@FILE.safetensors.")
+    raise InputError(f"{tag} is not a file, and nobody publishes weights of {name!r} (timm and torchvision do for theirs): give {name}@FILE.safetensors.")
 
 # %% ../nbs/11_models.ipynb #b18b9c2c
 def _timm_weights(name, bare, tag):
