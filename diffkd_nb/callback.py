@@ -125,7 +125,7 @@ def check_options(cls, options):
     if wrong: raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, wrong))}: its options are {', '.join(known)}.")
     return partial(cls, **options)
 
-# %% ../nbs/06_callback.ipynb #2c0e60e3
+# %% ../nbs/06_callback.ipynb #69731ba6
 class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
@@ -156,7 +156,7 @@ class DistillCallback(Callback):
         self.teacher_transform,self.cache = teacher_transform,cache
         self.plan,self.distiller,self.planned_for,self.tail,self.noise_generator = None,None,None,None,None
         self.fitting,self.attached,self.before,self.teacher_was = False,False,None,None
-        self.means,self.totals,self.seen,self.watched,self.finite,self.captured,self.part = {},{},0,[],None,False,(0, 1)
+        self.means,self.totals,self.seen,self.watched,self.finite,self.captured,self.part,self.watch = {},{},0,[],None,False,(0, 1),None
 
 # %% ../nbs/06_callback.ipynb #d6fe996a
 @patch
@@ -275,7 +275,7 @@ def run_teacher(self:DistillCallback,
         self.teacher(*self._transform(xb))
         return self.teacher_capture.maps()
 
-# %% ../nbs/06_callback.ipynb #93b8495a
+# %% ../nbs/06_callback.ipynb #9f7a9b7d
 @patch
 def after_loss(self:DistillCallback):
     "Run the teacher on the student's input and add the distiller's losses"
@@ -287,6 +287,7 @@ def after_loss(self:DistillCallback):
     if 'index' in getattr(self.distiller, 'needs', ()): self.distiller.index = batch_index(self.learn).to(self.yb[0].device)
     losses = self.distiller(student, teacher, self.yb[0])
     task = self.learn.loss_grad
+    if self.watch is not None: self.watch(student, teacher, {'task': task, **losses})
     self.learn.loss_grad = self.task_weight*task + sum(losses.values())
     self.learn.loss = self.learn.loss_grad.detach().clone()
     n = len(self.yb[0])

@@ -90,7 +90,7 @@ def _guarded(name, work, out=None):
         print(f'\n{name}: interrupted. What is finished is kept{f" in {out}" if out else ""}; the same command goes on from there.', file=sys.stderr)
         return 130
 
-# %% ../nbs/17_commands.ipynb #669e955e
+# %% ../nbs/17_commands.ipynb #9f5528ed
 def train_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_train`"
     p = argparse.ArgumentParser('diffkd_train', formatter_class=_HELP, description=textwrap.fill('Train one student, alone or with a teacher, and write manifest.json, log.csv and student.safetensors. '
@@ -108,6 +108,7 @@ examples:
     p.add_argument('--seed', type=at_least(0), default=0, help='initial weights, data order, views and noise (default: 0)')
     p.add_argument('--out', required=True, type=Path, help='folder of the run; made if missing')
     p.add_argument('--keep-distiller', action='store_true', help="also store the distiller's weights, for pictures")
+    p.add_argument('--diagnostics', action='store_true', help='look into DiffKD while it trains and write diagnostics.json')
     return p
 
 def train_main(argv:list|None=None) -> int: # Exit status
@@ -116,7 +117,7 @@ def train_main(argv:list|None=None) -> int: # Exit status
     def work():
         recipe = _recipe(a)
         print(recipe, flush=True)
-        m = run(recipe, a.data, a.teacher, a.student, a.method, a.seed, a.out, keep_distiller=a.keep_distiller, **_options(a))
+        m = run(recipe, a.data, a.teacher, a.student, a.method, a.seed, a.out, keep_distiller=a.keep_distiller, diagnostics=a.diagnostics, **_options(a))
         r, c = m['result'], m['cost']
         print(f"\n{a.student}, {m['settings']['method']}, seed {a.seed}: {100*r['accuracy']:.2f} % in the last epoch (best {100*r['best_accuracy']:.2f} % in epoch {r['best_epoch']}), "
               f"{c['ms_per_step']:.1f} ms a step, {c['seconds']:.0f} s.\n{a.out.resolve()}")

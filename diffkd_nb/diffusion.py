@@ -192,17 +192,18 @@ def gamma_to_time(
     log_snr = log_snr_schedule().to(gamma.device) if log_snr is None else log_snr
     return (log_snr - 2*gamma.float().clamp(1e-6, 1-1e-6).logit()[..., None]).abs().argmin(-1)
 
-# %% ../nbs/03_diffusion.ipynb #d70f9786
+# %% ../nbs/03_diffusion.ipynb #f2e3bbb1
 def ddim_denoise_from(
     predict, # `predict(x, t)` guesses the noise in `x` (B, ...) at the times t (B,)
     x:Tensor, # Noisy feature (B, ...)
     first:Tensor, # First time of each sample (B,), integers
     steps:int, # Denoiser calls
-    schedule:NoiseSchedule # The noise schedule
+    schedule:NoiseSchedule, # The noise schedule
+    stop:int|None=None # Steps to take, all by default
 ) -> Tensor: # Denoised feature, float32
     "DDIM (paper, eq. 4-5) in even steps from a time of each sample's own down to 0"
     x, shape = x.float(), (-1, *[1]*(x.dim()-1))
-    for i in range(steps):
+    for i in range(steps if stop is None else stop):
         t, p = (first*(steps-j)//steps for j in (i, i+1))
         a = schedule.signal[p]/schedule.signal[t]
         b = schedule.sigma[p] - a*schedule.sigma[t]

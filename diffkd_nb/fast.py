@@ -87,7 +87,7 @@ class TapeRecording:
                 for old,new in zip(out, _tensors(func(*args, **kwargs))):
                     if own(old) not in given and old.numel(): old.copy_(new)
 
-# %% ../nbs/18_fast.ipynb #ff57f1ac
+# %% ../nbs/18_fast.ipynb #17400765
 _INSIDE = ('after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step', 'after_step')
 _KNOWN = (GradientClip, Recorder, TrainEvalCallback)
 
@@ -98,12 +98,14 @@ def why_plain(
     if not isinstance(learn.opt, OptimWrapper) or not isinstance(learn.opt.opt, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
         kind = type(getattr(learn.opt, 'opt', learn.opt)).__name__
         return f"its optimiser is {kind}, and only PyTorch's SGD, Adam and AdamW in an OptimWrapper can be recorded"
+    if any(type(c).__name__ == 'DistributedTrainer' for c in learn.cbs): return 'several processes have to meet in each step'
     hooked = next((n for n,m in learn.model.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks), None)
     if hooked is not None: return f'the model has a hook (on {hooked or "itself"!r}), and Python does not run in a recorded step'
     for cb in learn.cbs:
         inside = [e for e in _INSIDE if hasattr(type(cb), e)]
         if isinstance(cb, DistillCallback):
             if cb.cache is not None: return 'a teacher cache reads memory of the host'
+            if cb.watch is not None or any(type(c).__name__ == 'DenoisingDiagnostics' for c in learn.cbs): return 'diagnostics look into steps'
             if 'index' in getattr(cb.distiller, 'needs', ()): return f'{type(cb.distiller).__name__} must know which samples are in a batch'
         elif isinstance(cb, MixedPrecision):
             if cb.amp_mode != AMPMode.BF16: return 'fp16 decides about each step from the size of the gradients: use bf16'
