@@ -7,7 +7,7 @@
 # --results  where results stand (results and teachers by default). For another folder, what those two hold is copied there first.
 # --archive  pack what is finished, without checkpoints, into one .tar.gz, to be unpacked over the repository elsewhere.
 # A step whose result is there already is not run again, so a second call goes on where the first was cut off.
-# The environment may name DATA, such as cifar100:FOLDER, and RELEASED, a checkout of hunto/image_classification_sota.
+# The environment may name DATA, such as cifar100:FOLDER, IMAGENETTE, such as 'folder:FOLDER?size=128', and RELEASED, a checkout of hunto/image_classification_sota.
 set -u
 cd "$(dirname "$0")/.."
 minutes=10 python=python3 device=cuda results=results teachers=teachers rehearse= archive=
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do case "$1" in
   --rehearse) rehearse=1 device=cpu; results=$(mktemp -d); teachers=$results/teachers;;
   --minutes) minutes=$2; shift;;
   --python) python=$2; shift;;
-  --results) results=$2 teachers=$2/teachers; shift; mkdir -p "$teachers"; cp -Rn results/gpu results/table9 "$results" 2>/dev/null; cp -Rn teachers/. "$teachers" 2>/dev/null;;
+  --results) results=$2 teachers=$2/teachers; shift; mkdir -p "$teachers"; cp -Rn results/gpu results/table9 results/imagenette "$results" 2>/dev/null; cp -Rn teachers/. "$teachers" 2>/dev/null;;
   --archive) archive=$2; shift;;
   *) echo "usage: bench/gpu.sh [--rehearse] [--minutes N] [--python PYTHON] [--results DIR] [--archive FILE]" >&2; exit 2;;
 esac; shift; done
@@ -46,6 +46,8 @@ taps=(--batches 16 128 --maps 4 7 --rounds 20 --compile) steps=(); [ -n "$rehear
 if [ -n "${RELEASED:-}" ]; then step distiller.json "$python" bench/distiller.py --released "$RELEASED/lib/models/losses" "${taps[@]}" --device $device --out "$out/distiller.json"
 else echo "skipped  distiller.json: set RELEASED to a checkout of hunto/image_classification_sota"; fi
 step step.json "$python" bench/step.py ${RELEASED:+--released "$RELEASED"} "${steps[@]}" --device $device --out "$out/step.json"
+images=(); [ -n "$rehearse" ] && images=(--pairs resnet34-resnet18 --steps 1 --rounds 1 --batch 2 --size 64)
+step imagenet.json "$python" bench/imagenet.py ${RELEASED:+--released "$RELEASED"} "${images[@]}" ${graph:+--plain} --device $device --out "$out/imagenet.json"
 # 4. table 9: teachers, rates, grid, controls, as far as the time goes
 size=(); [ -n "$rehearse" ] && size=(--epochs 2 --limit 4 --seeds 2 --holdout 2 --pairs resnet56-resnet20 resnet32x4-shufflenetv1 --stages teachers rates grid)
 left=$((end - SECONDS - 15))
@@ -54,6 +56,14 @@ elif [ $left -lt 60 ]; then echo "no time  table9"; failed=1
 else
   "$python" bench/table9.py --data "$DATA" --out "$results/table9" --teachers "$teachers" --device $device --minutes $((left/60)) $graph "${size[@]}" > "$out/table9.log" 2>&1 || failed=1
   echo "table9   $(tail -n 1 "$out/table9.log")"
+fi
+# 5. table 2 in small
+left=$((end - SECONDS - 15)); few=(--epochs 100 --workers 12 --jobs 2); [ -n "$rehearse" ] && few=(--epochs 1 --batch 4 --seeds 1 --workers 0 --methods alone diffkd)
+if [ -z "${IMAGENETTE:-}" ]; then echo "skipped  imagenette: set IMAGENETTE to 'folder:FOLDER?size=128'"
+elif [ $left -lt 60 ]; then echo "no time  imagenette"; failed=1
+else
+  timeout "$left" "$python" bench/imagenette.py --data "$IMAGENETTE" --out "$results/imagenette" --device $device --minutes $((left/60)) "${few[@]}" > "$out/imagenette.log" 2>&1 || failed=1
+  echo "imagenette $(tail -n 1 "$out/imagenette.log")"
 fi
 [ -z "$archive" ] || tar -czf "$archive" -C "$results" --exclude checkpoint.pt --exclude .lock --exclude '*.err' .
 [ -z "$rehearse" ] || echo "rehearsed in $results"
