@@ -1,8 +1,10 @@
 "Layouts of data, downloads, damaged files, and one run through each kind of loader"
-import functools, hashlib, http.server, io, json, pickle, tarfile, threading
+import functools, hashlib, http.server, io, json, pickle, random, tarfile, threading
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
+from torchvision.transforms import v2
 from diffkd_nb import data
 from diffkd_nb.data import InputError, STATS, cifar_data, data_hash, make_dls, open_data
 from diffkd_nb.experiment import run, verify
@@ -99,3 +101,143 @@ def test_what_memory_cannot_do_is_refused(photos):
     with pytest.raises(InputError, match="'randaugment'.*folder:PATH"): make_dls(open_data('digits'), 8, ('crop', 'randaugment'))
     with pytest.raises(InputError, match="'crop', 'flip', 'randaugment'"): list(make_dls(open_data(f'folder:{photos}?size=32'), 4, ('crop', 'blur'), num_workers=0).train)
     with pytest.raises(InputError, match='fewer than one batch of 5000'): make_dls(open_data('digits'), 5000)
+
+
+@pytest.fixture
+def wave():
+    "A smooth picture, in which every place looks different"
+    rows, cols = np.mgrid[:120, :160]
+    return Image.fromarray(np.stack([rows*2, cols*1.5, 127 + 100*np.sin(rows/9)*np.cos(cols/7)], 2).astype(np.uint8))
+
+
+def as_bytes(im): return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize('crop', ['crop', 'crop:bicubic'])
+def test_the_box_and_the_flip_are_torchvisions(crop, wave, tmp_path):
+    wave.save(tmp_path/'a.jpg', quality=95)
+    im, how = Image.open(tmp_path/'a.jpg').convert('RGB'), v2.InterpolationMode(crop.partition(':')[2] or 'bilinear')
+    files = data._Files([str(tmp_path/'a.jpg')]*40, torch.zeros(40).long(), data._transform(64, (crop, 'flip'), STATS['imagenet'], True))
+    files.epoch_seed, flips = 2**59 + 17, 0
+    for n in range(40):
+        torch.manual_seed(files.epoch_seed + 1_000_003*n)
+        top, left, h, w = v2.RandomResizedCrop.get_params(im, (.08, 1.), (3/4, 4/3))
+        want = v2.functional.resized_crop(im, top, left, h, w, [64, 64], how)
+        if flip := torch.rand(1).item() < .5: want = v2.functional.horizontal_flip(want)
+        far = (files[n][0].float() - as_bytes(want).float()).abs()
+        assert far.mean() < .25 and far.max() <= 2, (n, far.mean(), far.max())     # a shift by one pixel is more than 1 on average
+        flips += flip
+    assert 10 < flips < 30
+
+
+def test_validation_is_resize_and_centre_crop(photos):
+    for spec,how in (('crop', 'bilinear'), ('crop:bicubic', 'bicubic')):
+        dls = make_dls(open_data(f'folder:{photos}?size=32'), 4, (spec,), num_workers=0)
+        x, y = next(iter(dls.valid))
+        for got,f in zip(x, dls.valid.dataset.files):
+            im = v2.functional.center_crop(v2.functional.resize(Image.open(f).convert('RGB'), 37, v2.InterpolationMode(how)), [32, 32])
+            want = v2.functional.normalize(as_bytes(im)/255, *STATS['imagenet'])
+            assert (got - want).abs().mean() < .25/255/.22
+
+
+def test_batches_are_normalised_floats_and_travel_as_bytes(photos):
+    d = open_data(f'folder:{photos}?size=32')
+    dls = make_dls(d, 4, num_workers=0)
+    for dl in (dls.train, dls.valid, dls.train.new(bs=2), dls.valid.new()):
+        x, y = dl.one_batch()
+        assert x.dtype == torch.float32 and x.is_contiguous() and y.dtype == torch.int64 and x.shape[1:] == (3, 32, 32) and x.device == dls.device
+        assert dl.create_batch([dl.dataset[0]])[0].dtype == torch.uint8
+    dl = make_dls(d, 4, (), num_workers=0).train.new(shuffle=False, drop_last=False)
+    for i,row in enumerate(torch.cat([x for x,_ in dl])):
+        assert torch.allclose(row, v2.functional.normalize(dl.dataset[i][0]/255, *STATS['imagenet']), atol=1e-6)
+
+
+STRONG = [('crop', 'flip', 'randaugment:rand-m9-mstd0.5', 'random_erasing:0.5'), ('crop:bicubic', 'flip', 'randaugment:9', 'color_jitter', 'random_erasing:0.5')]
+
+
+@pytest.mark.parametrize('augmentation', STRONG)
+def test_a_sample_depends_on_epoch_seed_and_index_alone(augmentation, photos):
+    d, seen = open_data(f'folder:{photos}?size=32'), []
+    for workers in (0, 1, 2):
+        random.seed(workers); np.random.seed(workers); torch.manual_seed(workers)      # what else was drawn changes nothing
+        train = make_dls(d, 4, augmentation, seed=3, num_workers=workers).train
+        train.set_epoch(2); seen.append([x for x,_ in train] + [x for x,_ in train])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in zip(*seen)) and not torch.equal(seen[0][0], seen[0][6])
+    ds = make_dls(d, 4, augmentation, num_workers=0).train.dataset
+    ds.epoch_seed = 5
+    forth, back = [ds[i] for i in range(6)], [ds[i] for i in reversed(range(6))][::-1]
+    assert all(torch.equal(p, q) for a,b in zip(forth, back) for p,q in zip(a, b))
+
+
+def test_loading_leaves_the_generators_alone(photos):
+    draw = lambda: (torch.rand(1).item(), random.random(), np.random.rand())
+    def seed(): torch.manual_seed(1); random.seed(1); np.random.seed(1)
+    seed(); want = draw(), draw()
+    train = make_dls(open_data(f'folder:{photos}?size=32'), 4, STRONG[0], num_workers=0).train
+    seed(); first = draw(); [train.dataset[i] for i in range(6)]
+    assert (first, draw()) == want
+    bad = Path(train.dataset.files[0]); bad.write_text('no picture')
+    seed(); draw()
+    with pytest.raises(InputError): train.dataset[0]
+    assert draw() == want[1]
+
+
+def test_erasing_is_torchvisions_on_normalised_values(photos):
+    d = open_data(f'folder:{photos}?size=32')
+    dl = make_dls(d, 4, ('random_erasing:0.6',), num_workers=0).train.new(shuffle=False, drop_last=False, bs=7)
+    got, changed = torch.cat([x for x,_ in dl]), 0
+    for i,row in enumerate(got):
+        x = v2.functional.normalize(dl.dataset[i][0]/255, *STATS['imagenet'])
+        torch.manual_seed(dl.dataset.epoch_seed + 1_000_003*i)
+        want = v2.RandomErasing(.6, value='random')(x)
+        assert torch.allclose(row, want, atol=1e-6)
+        changed += not torch.equal(want, x)
+    assert 6 < changed < 22                     # of 24
+    assert torch.equal(*(next(iter(make_dls(d, 4, a, num_workers=0).valid))[0] for a in (('random_erasing:1',), ())))
+
+
+def test_randaugment_by_its_value():
+    t = data._make('randaugment:rand-m9-mstd0.5', 160, ((.5, 0., 1.), (1., 1., 1.)))
+    assert isinstance(t, RandAugment) and {o.hparams['translate_const'] for o in t.ops} == {72} and t.ops[0].hparams['img_mean'] == (128, 0, 255)
+    want = rand_augment_transform('rand-m9-mstd0.5', dict(translate_const=72, img_mean=(128, 0, 255)))
+    im = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8))
+    for s in range(20):
+        with data._seeded(s): a = np.array(t(im))
+        with data._seeded(s): b = np.array(want(im))
+        assert (a == b).all()
+    assert isinstance(data._make('randaugment:7'), v2.RandAugment) and data._make('randaugment:7').magnitude == 7 and data._make('randaugment').magnitude == 9
+    assert data._make('random_erasing:0.2').p == .2 and data._make('random_erasing:0.2').value is None      # None: noise for each pixel
+
+
+@pytest.mark.parametrize('name', ['randaugment:strong', 'randaugment:rand-q9', 'random_erasing:x', 'color_jitter:x', 'crop:nearest', 'random_erasings'])
+def test_augmentation_that_is_not_understood(name, photos):
+    with pytest.raises(InputError, match=name): make_dls(open_data(f'folder:{photos}?size=32'), 4, (name,))
+
+
+@pytest.mark.parametrize('name,mode,kind', [('a.jpg', 'RGB', 'JPEG'), ('a.jpg', 'L', 'JPEG'), ('a.jpg', 'CMYK', 'JPEG'), ('a.png', 'P', 'PNG'), ('a.png', 'RGBA', 'PNG'), ('a.png', 'LA', 'PNG'), ('a.png', '1', 'PNG'),
+                                            ('a.png', 'I;16', 'PNG'), ('a.jpeg', 'RGB', 'PNG'), ('a.png', 'RGB', 'JPEG'), ('a.gif', 'P', 'GIF'), ('a.webp', 'RGB', 'WEBP'), ('a.tif', 'CMYK', 'TIFF')])
+def test_every_mode_reads_as_pillow_reads_it(name, mode, kind, wave, tmp_path, monkeypatch):
+    (Image.fromarray((np.asarray(wave.convert('L')).astype(np.uint16)*200)) if mode == 'I;16' else wave.convert(mode)).save(tmp_path/name, kind)
+    want = as_bytes(Image.open(tmp_path/name).convert('RGB'))
+    assert torch.equal(data._pixels(tmp_path/name), want)
+    def none(*a, **kw): raise RuntimeError('no such operator')
+    monkeypatch.setattr(data, 'decode_jpeg', none)                  # a torchvision without its image library
+    assert torch.equal(data._pixels(tmp_path/name), want)
+
+
+@pytest.mark.parametrize('kw', [dict(progressive=True), dict(subsampling=0), dict(subsampling=1, quality=20), dict(restart_marker_rows=1), dict(keep_rgb=True), dict(exif=True)], ids=str)
+def test_every_jpeg_reads_as_pillow_reads_it(kw, wave, tmp_path):
+    if 'exif' in kw: kw = dict(exif=Image.Exif()); kw['exif'][0x0112] = 6         # a turn that is not made
+    wave.save(tmp_path/'a.jpg', **kw)
+    got = data._pixels(tmp_path/'a.jpg')
+    assert got.shape == (3, 120, 160) and torch.equal(got, as_bytes(Image.open(tmp_path/'a.jpg').convert('RGB')))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'header', 'gone'])
+def test_a_damaged_jpeg_is_named(damage, workers, photos):
+    dls = make_dls(open_data(f'folder:{photos}?size=32'), 4, num_workers=workers)
+    bad = next((photos/'train').rglob('*.jpg')); raw = bad.read_bytes()
+    if damage == 'gone': bad.unlink()
+    else: bad.write_bytes({'cut': raw[:len(raw)//2], 'empty': b'', 'header': raw[:3]}[damage])
+    with pytest.raises(InputError, match=f'image {bad} cannot be read'): list(dls.train)
