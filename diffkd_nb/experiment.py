@@ -434,17 +434,18 @@ def _verify_files(out, m, checks):
     add('the best accuracy is that of the log', acc and max(acc) == r['best_accuracy'],
         f"manifest {r['best_accuracy']}, log {max(acc, default=None)}")
 
-# %% ../nbs/13_experiment.ipynb #fe0673b1
+# %% ../nbs/13_experiment.ipynb #499a5e7d
 def evaluate(
     model:nn.Module, # Classifier
     data, # See `open_data`
     device=None, # The CPU by default
     batch:int=500, # Images per batch
+    augmentation:tuple=(), # The recipe's: of files on disk, `'crop:bicubic'` says how they are resized
     **loader # Further arguments of the loaders
 ) -> tuple[float,float]: # Accuracy, mean cross-entropy
     "Accuracy and loss on the validation images"
     data = open_data(data)
-    dl = make_dls(data, 2, (), 0, device, eval_batch=batch, **loader).valid
+    dl = make_dls(data, 2, [a for a in augmentation if a.startswith('crop:')], 0, device, eval_batch=batch, **loader).valid
     model = model.to(dl.device).eval()
     hit = loss = n = 0
     with torch.no_grad():
@@ -463,7 +464,7 @@ def _verify_student(out, m, data, checks, device):
     try: model = load_weights(make_model(s['student'], len(data.classes), data.channels, data.size), out/'student.safetensors')
     except (ValueError, OSError) as e: return add('the student loads', False, str(e))
     add('the student is the one that was trained', state_hash(model) == m['student_hash'], 'other weights')
-    acc, loss = evaluate(model, data, device)
+    acc, loss = evaluate(model, data, device, augmentation=s['recipe'].get('augmentation', ()))
     add('the student gives the accuracy of the manifest', abs(acc - m['result']['accuracy']) <= 1.5/data.n_valid,
         f"now {acc:.4f}, manifest {m['result']['accuracy']:.4f}")
     if not s['recipe'].get('label_smoothing'):
@@ -636,7 +637,7 @@ def grid_cells(pairs, methods, seeds) -> list[Cell]:
         if len(p) != 2: raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
-# %% ../nbs/13_experiment.ipynb #b411e297
+# %% ../nbs/13_experiment.ipynb #464c6099
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
@@ -668,7 +669,7 @@ def compare(
     todo = [c for c in cells if not (out/c.folder/'manifest.json').is_file()]
     _check_finished([c for c in cells if c not in todo], recipe, opened, out, options)
     for c in cells: (out/c.folder).parent.mkdir(parents=True, exist_ok=True)
-    _teachers(cells, opened, out, options)
+    _teachers(cells, recipe, opened, out, options)
     bar = progress_bar(range(max(1, len(todo)*recipe.epochs))) if progress and todo else None
     if bar is not None: bar.update(0)
     rows = lambda c: sum(1 for _ in open(out/c.folder/'log.csv'))-1 if (out/c.folder/'log.csv').is_file() else 0
@@ -688,7 +689,7 @@ def compare(
     result.save()
     return result
 
-# %% ../nbs/13_experiment.ipynb #801cec38
+# %% ../nbs/13_experiment.ipynb #96565b76
 def _check_pairs(cells, data, options):
     "Tell about a teacher, student or tap that cannot work before anything is trained"
     for t,s in dict.fromkeys((c.teacher, c.student) for c in cells):
@@ -712,7 +713,7 @@ def _check_finished(cells, recipe, data, out, options):
         if m != want:
             raise InputError(f"{out/c.folder} holds a run of other settings ({_differ(m, want)}): name another folder for this comparison, or delete it.")
 
-def _teachers(cells, data, out, options):
+def _teachers(cells, recipe, data, out, options):
     "Accuracy of each teacher on the validation images, once"
     f = out/'teachers.json'
     known = json.loads(f.read_text()) if f.is_file() else {}
@@ -722,7 +723,7 @@ def _teachers(cells, data, out, options):
         if h in known: continue
         stats = _stats(options.get('teacher_stats'), t)
         shift = Renormalise(data.stats, stats) if stats else nn.Identity()
-        acc = evaluate(_Shifted(model, shift), data, options.get('device'))[0]
+        acc = evaluate(_Shifted(model, shift), data, options.get('device'), augmentation=recipe.augmentation)[0]
         write_whole(f, json.dumps(known := {**known, h: dict(name=name, accuracy=acc)}, indent=1))
 
 class _Shifted(nn.Module):

@@ -7,8 +7,8 @@ from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torchvision.transforms import v2
 from diffkd_nb import data
 from diffkd_nb.data import InputError, STATS, cifar_data, data_hash, make_dls, open_data
-from diffkd_nb.experiment import run, verify
-from diffkd_nb.models import make_model, save_weights
+from diffkd_nb.experiment import evaluate, run, verify
+from diffkd_nb.models import load_weights, make_model, save_weights
 from diffkd_nb.recipes import get_recipe
 
 
@@ -241,3 +241,12 @@ def test_a_damaged_jpeg_is_named(damage, workers, photos):
     if damage == 'gone': bad.unlink()
     else: bad.write_bytes({'cut': raw[:len(raw)//2], 'empty': b'', 'header': raw[:3]}[damage])
     with pytest.raises(InputError, match=f'image {bad} cannot be read'): list(dls.train)
+
+
+def test_verify_resizes_as_the_run_did(photos, tmp_path):
+    recipe = get_recipe('small').scaled(1).replace(batch_size=8, augmentation=('crop:bicubic', 'flip', 'randaugment:rand-m9-mstd0.5', 'random_erasing:0.2'))
+    run(recipe, f'folder:{photos}?size=32', None, 'resnet8', 'alone', 0, tmp_path/'o', progress=False, num_workers=0)
+    report = verify(tmp_path/'o', data=f'folder:{photos}?size=32')
+    assert report and all(c.ok for c in report), str(report)
+    model, d = load_weights(make_model('resnet8', 2, 3, 32), tmp_path/'o'/'student.safetensors'), open_data(f'folder:{photos}?size=32')
+    assert evaluate(model, d, num_workers=0) != evaluate(model, d, augmentation=recipe.augmentation, num_workers=0)
