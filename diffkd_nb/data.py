@@ -27,14 +27,15 @@ __all__ = ['STATS', 'InputError', 'write_whole', 'csv_text', 'ImageArrays', 'dig
            'apply_views', 'ArrayDL', 'array_dls', 'FileDL', 'ImageFolder', 'folder_dls', 'open_data', 'make_dls',
            'data_hash', 'Renormalise']
 
-# %% ../nbs/10_data.ipynb #09f49f28
+# %% ../nbs/10_data.ipynb #38b9f837
 class InputError(ValueError):
     "A mistake in what the user gave; its message is all that a command prints"
 
 STATS = { # Mean and standard deviation per channel, of pixels from 0 to 1
     'cifar10': ((.4914, .4822, .4465), (.2470, .2435, .2616)),
     'cifar100': ((.507, .487, .441), (.267, .256, .276)),
-    'imagenet': ((.485, .456, .406), (.229, .224, .225))}
+    'imagenet': ((.485, .456, .406), (.229, .224, .225)),
+    'inception': ((.5,)*3, (.5,)*3)}
 
 # %% ../nbs/10_data.ipynb #67b16c4b
 def write_whole(path, content):

@@ -35,8 +35,9 @@ from .teacher_cache import TeacherCache
 # %% auto #0
 __all__ = ['TABLE_CHECK', 'EXECUTORS', 'FULL_DATA', 'Method', 'parse_method', 'all_options', 'make_teacher', 'world_size',
            'process_rank', 'code_version', 'environment', 'manifest_hash', 'EpochOrder', 'RunLog', 'rng_state',
-           'set_rng_state', 'Checkpoint', 'run', 'first_distiller', 'Check', 'Report', 'evaluate', 'add_same', 'verify',
-           'Cell', 'grid_cells', 'compare', 'interval', 'paired_test', 'holm', 'verdict_word', 'Comparison']
+           'set_rng_state', 'Checkpoint', 'run', 'first_distiller', 'stored_learner', 'Check', 'Report', 'evaluate',
+           'add_same', 'verify', 'Cell', 'grid_cells', 'compare', 'interval', 'paired_test', 'holm', 'verdict_word',
+           'Comparison']
 
 # %% ../nbs/13_experiment.ipynb #1002ad6a
 class Method(NamedTuple):
@@ -397,6 +398,28 @@ def _taps(cb):
 def first_distiller(learn:Learner) -> DistillCallback|None:
     "The distillation callback of a Learner, None where there is none"
     return next((cb for cb in learn.cbs if isinstance(cb, DistillCallback)), None)
+
+# %% ../nbs/13_experiment.ipynb #cc6ecc09
+def stored_learner(
+    folder:Path, # A run with student.safetensors and distiller.safetensors
+    teacher:str|nn.Module, # The teacher, as for `run`; its weights must be those on record
+    data=None, # Where the data is now, if not where it was
+    device='cpu', # Where to
+    weights:Path|None=None, # Folder with files of published weights
+    **loader # Further arguments of the loaders
+) -> Learner: # Not to be trained
+    "The Learner of a stored run, with student, distiller and teacher; `InputError` for what is missing or other than on record"
+    folder = Path(folder)
+    for f in ('manifest.json', 'student.safetensors', 'distiller.safetensors'):
+        if not (folder/f).is_file(): raise InputError(f"{folder/f} is missing: expected a finished run made with keep_distiller=True (diffkd_train --keep-distiller).")
+    m = json.loads((folder/'manifest.json').read_text()); s = m['settings']
+    data = open_data(data or m['data']['spec'] or '?')
+    model, name = make_teacher(teacher, data, weights)
+    if state_hash(model) != s['teacher_hash']: raise InputError(f"{name} has other weights than the teacher of {folder}.")
+    learn = _learner(Recipe.from_dict(s['recipe']).replace(ema=0.), data, model, s['student'], parse_method(s['method']), s['seed'], torch.device(device), s['taps'],
+                     s['teacher_stats'], None, None, False, False, None, loader, [])
+    load_weights(learn.model, folder/'student.safetensors'); load_weights(first_distiller(learn).distiller, folder/'distiller.safetensors')
+    return learn
 
 # %% ../nbs/13_experiment.ipynb #16c97087
 class Check(NamedTuple):
