@@ -135,12 +135,12 @@ def gradient_norms(
         found[k] = 0. if g is None else float(g.float().norm())
     return found
 
-# %% ../nbs/14a_diagnostics.ipynb #e95b84b3
+# %% ../nbs/14a_diagnostics.ipynb #75cfd34c
 class DenoisingDiagnostics(Callback):
     "Looks at a batch now and then, and at every first one of an epoch; needs a `DiffKDCallback`"
     order = 6       # after the distillation, which calls it
     def __init__(self,
-        every:int=100, # Steps between two looks
+        every:int=25, # Steps between two looks
         columns:bool=False, # Show the main values among the Recorder's columns, and with it in TensorBoard and Weights & Biases
         seed:int=0 # Seed of its own random numbers
     ):

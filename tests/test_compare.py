@@ -123,6 +123,7 @@ def test_the_published_figure_stands_beside_ours(here, tmp_path):
     one = json.loads(json.dumps(next(iter(here.manifests.values()))))
     for method,data in (('kd', 'cifar100 (50,000 for training)'), ('diffkd', 'cifar100 (50,000 for training)'), ('dkd', 'cifar100 (50,000 for training)')):
         one['settings'].update(student='resnet20', teacher='resnet56', method=method, data=data)
+        one['data'].update(n_train=50_000, n_valid=10_000)
         d = tmp_path/'resnet20-from-resnet56'/method/'seed0'; d.mkdir(parents=True); (d/'manifest.json').write_text(json.dumps(one))
     t = Comparison(tmp_path).table('kd').set_index('method')
     assert t.published['kd'] == 70.66 and t.published['diffkd'] == 71.92 and np.isnan(t.published['dkd']) and t.source['kd'] == 'Huang et al. 2023, table 9'

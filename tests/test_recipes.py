@@ -46,7 +46,7 @@ def test_rates_of_a_learner(name):
     learn = Learner(DataLoaders.from_dsets(data, data[:4], bs=10, device='cpu', num_workers=0), nn.Linear(4, 3), lr=r.lr, loss_func=r.loss_func(), opt_func=r.opt_func(), cbs=r.callbacks())
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     by = RECIPES[name].epochs/epochs
-    assert learn.recorder.lrs == pytest.approx([RECIPES[name].lr_at(by*step/2) for step in range(2*epochs)], rel=1e-4, abs=1e-9)
+    assert learn.recorder.lrs == pytest.approx([RECIPES[name].lr_at(by*step/2) for step in range(2*epochs)], rel=1e-4, abs=1e-6)
     want = {'A1': (torch.optim.SGD, dict(momentum=.9, nesterov=False)), 'B1': (torch.optim.SGD, dict(momentum=.9, nesterov=True)),
             'B2': (None, dict(momentum=.9, alpha=.9, eps=1e-3)), 'B3': (torch.optim.AdamW, {})}[name]
     opt = learn.opt.opt
