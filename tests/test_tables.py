@@ -105,3 +105,24 @@ def test_training_only_parameters_are_those_of_the_released_program(teacher, stu
     counts = [sum(p.numel() for p in t.parameters()) for t in taps]
     assert counts[0] == feature
     assert counts[1] == 23_323_002
+
+
+@pytest.mark.parametrize('name,student', [('B2', 'torchvision:mobilenet_v2'), ('B3', 'timm:resnet10t')])
+def test_the_strong_recipes_train_and_go_on_bit_for_bit(name, student, place, tmp_path, monkeypatch):
+    "RMSProp or AdamW, warm-up, RandAugment, erasing, label smoothing, average of weights, Mixup and CutMix, clipping, drop path"
+    from diffkd_nb import experiment
+    recipe = get_recipe(name).scaled(3).replace(batch_size=4, **({'drop_path': .2} if name == 'B3' else {}))
+    args = (recipe, f"folder:{place/'images'}?size=64", 'torchvision:resnet34@IMAGENET1K_V1', student, 'diffkd:latent=32', 0)
+    options = dict(weights=place/'weights', device='cpu', num_workers=0, progress=False)
+    whole = experiment.run(*args, tmp_path/'whole', **options)
+    assert whole['settings']['recipe'] == recipe.to_dict() and whole['settings']['recipe']['warmup'] > 0
+    real = experiment.Checkpoint.after_epoch
+    def stop(self):
+        real(self)
+        if self.epoch == 1: raise RuntimeError('stopped here')
+    monkeypatch.setattr(experiment.Checkpoint, 'after_epoch', stop)
+    with pytest.raises(RuntimeError, match='stopped here'): experiment.run(*args, tmp_path/'cut', **options)
+    monkeypatch.undo()
+    again = experiment.run(*args, tmp_path/'cut', **options)
+    assert again['cost']['resumed_at_epoch'] == 2 and again['student_hash'] == whole['student_hash']
+    assert (tmp_path/'cut'/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()
