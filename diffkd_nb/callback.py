@@ -275,19 +275,19 @@ def run_teacher(self:DistillCallback,
         self.teacher(*self._transform(xb))
         return self.teacher_capture.maps()
 
-# %% ../nbs/06_callback.ipynb #9f7a9b7d
+# %% ../nbs/06_callback.ipynb #02aae309
 @patch
 def after_loss(self:DistillCallback):
     "Run the teacher on the student's input and add the distiller's losses"
     if not (self.attached and self.training) or not len(self.yb): return
-    student = self.student_capture.maps()
+    student, outputs = self.student_capture.maps(), dict(self.student_capture.out) if self.watch is not None else None
     self.student_capture.detach()
     with torch.no_grad(): teacher = self.run_teacher(*self.xb) if self.cache is None else self.cache.maps(self)
     self._check_finite(teacher)
     if 'index' in getattr(self.distiller, 'needs', ()): self.distiller.index = batch_index(self.learn).to(self.yb[0].device)
     losses = self.distiller(student, teacher, self.yb[0])
     task = self.learn.loss_grad
-    if self.watch is not None: self.watch(student, teacher, {'task': task, **losses})
+    if self.watch is not None: self.watch(student, teacher, {'task': task, **losses}, outputs)
     self.learn.loss_grad = self.task_weight*task + sum(losses.values())
     self.learn.loss = self.learn.loss_grad.detach().clone()
     n = len(self.yb[0])

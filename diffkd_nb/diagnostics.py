@@ -135,7 +135,7 @@ def gradient_norms(
         found[k] = 0. if g is None else float(g.float().norm())
     return found
 
-# %% ../nbs/14a_diagnostics.ipynb #75cfd34c
+# %% ../nbs/14a_diagnostics.ipynb #4d51db98
 class DenoisingDiagnostics(Callback):
     "Looks at a batch now and then, and at every first one of an epoch; needs a `DiffKDCallback`"
     order = 6       # after the distillation, which calls it
@@ -166,14 +166,14 @@ class DenoisingDiagnostics(Callback):
         self.cb = self._distillation()
         self.looks,self.count,self.cb.watch = [],0,self.look_at
 
-    def look_at(self, student, teacher, losses):
-        "Called by the distillation with the batch's features and losses"
+    def look_at(self, student, teacher, losses, outputs):
+        "Called by the distillation with the batch's features, losses and the tapped modules' own outputs"
         self.count += 1
         if (self.count - 1) % self.every: return
         dev = next(iter(student.values())).device
         g = torch.Generator(dev).manual_seed(self.seed + 1000*self.epoch + self.count)
         for name,tap in zip(self.cb.distiller.names, self.cb.distiller.taps):
-            pulls = {f'pull_{k}': v for k,v in gradient_norms(losses, student[name]).items()}
+            pulls = {f'pull_{k}': v for k,v in gradient_norms(losses, outputs[name]).items()}
             self.looks.append(dict(tap=name, **look(tap, student[name].detach(), teacher[name], g), **pulls))
 
     def after_train(self):
@@ -226,7 +226,7 @@ class Diagnosis:
     def table(self) -> pd.DataFrame: # One row per epoch and tap; lists are left out
         return pd.DataFrame([{k: v for k,v in r.items() if not isinstance(v, list)} for r in self.rows])
 
-# %% ../nbs/14a_diagnostics.ipynb #15e30191
+# %% ../nbs/14a_diagnostics.ipynb #81e90455
 _signs = []
 def sign(f):
     "A rule: gets the rows of one tap, gives a sentence or None"
@@ -250,7 +250,12 @@ def _no_gain(rows):
 @sign
 def _no_diffusion(rows):
     d = [r['diffusion'] for r in rows if 'diffusion' in r]
-    if len(d) > 2 and d[-1] > .95*d[0]: return f"the diffusion loss does not fall ({d[0]:.3f} at first, {d[-1]:.3f} now; 1 is a denoiser that guesses nothing): raise diffusion_weight or train longer."
+    if len(d) > 2 and (d[-1] > .95*d[0] or d[-1] > 1): return f"the denoiser is not trained yet: diffusion loss {d[0]:.3f} at first, {d[-1]:.3f} now, where 1 is to guess no noise at all. Train longer, or raise diffusion_weight."
+
+@sign
+def _disorder(rows):
+    r = rows[-1]
+    if len(rows) > 2 and r['cka_after'] < r['cka_before'] - .1: return f"denoised features order the samples less like the teacher's do (CKA {r['cka_after']:.2f}) than the student's own ({r['cka_before']:.2f}). Is the denoiser trained, or gamma small?"
 
 @sign
 def _dwarfs(rows):
