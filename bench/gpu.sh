@@ -19,6 +19,7 @@ while [ $# -gt 0 ]; do case "$1" in
   --archive) archive=$2; shift;;
   *) echo "usage: bench/gpu.sh [--rehearse] [--minutes N] [--python PYTHON] [--results DIR] [--archive FILE]" >&2; exit 2;;
 esac; shift; done
+case "$python" in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python");; esac      # one step changes the folder
 end=$((SECONDS + 60*minutes)); failed=0; out=$results/gpu
 mkdir -p "$out"; out=$(cd "$out" && pwd)
 [ -n "$rehearse" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "PyTorch finds no GPU: --rehearse runs the same on the CPU." >&2; exit 2; }
