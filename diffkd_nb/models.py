@@ -452,7 +452,7 @@ def keep_classes(
     setattr(model.get_submodule(parent), leaf, new)
     return model
 
-# %% ../nbs/11_models.ipynb #cfa42b62
+# %% ../nbs/11_models.ipynb #19802886
 _FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
 def teacher_source(
@@ -464,6 +464,7 @@ def teacher_source(
         raise InputError(f"teacher {spec!r}: expected NAME@FILE.safetensors, such as resnet56@teacher.safetensors, or NAME@WEIGHTS, such as torchvision:resnet34@IMAGENET1K_V1. A teacher without trained weights teaches nothing.")
     return None if what.endswith(_FILES) or Path(what).is_file() else published_weights(name, what)
 
+# %% ../nbs/11_models.ipynb #53a74a05
 def trained_model(
     spec:str, # See `teacher_source`
     classes:list, # Names of the data's classes
