@@ -19,7 +19,7 @@ def torchrun(n, *args, wait=True):
 
 
 LEARNER = '''
-import os, sys, torch, warnings
+import atexit, os, sys, torch, warnings
 warnings.filterwarnings('ignore')
 torch.set_num_threads(1)
 from torch import nn
@@ -28,6 +28,7 @@ from diffkd_nb.callback import DiffKDCallback
 from diffkd_nb.experiment import process_rank, world_size
 out, kind, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rank, world = process_rank(), world_size()
+atexit.register(lambda: open(f'{out}/{kind}-{world}-{rank}.exit', 'w').write(str(torch.distributed.is_initialized())))     # runs after all that is registered later
 set_seed(0)
 net = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.ReLU(), nn.Conv2d(c, 2*c, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*c, 5))
 teacher, student = net(8), net(4)
@@ -98,6 +99,7 @@ def test_processes_that_begin_apart_end_together(script):
             if 'running' in k or 'num_batches' in k: continue       # each process's own, until the next epoch takes rank 0's
             assert torch.equal(a[part][k], b[part][k]), (part, k)
     assert a['means'] == b['means'] and len(a['grads']) == 3
+    assert [(script/f'seeds-2-{r}.exit').read_text() for r in (0, 1)] == ['False', 'False']     # gloo's threads ended before Python did
 
 
 @pytest.fixture(scope='module')
