@@ -4,7 +4,8 @@
 
 Teachers (ResNet-34, ResNet-50) are trained first, alone, by recipe B1 over the same epochs; then every method on every pair with every seed.
 `--teacher NAME@FILE STUDENT` takes a trained one instead, such as MobileNetV1 trained on ImageNet, of whose classes the ten are kept.
-Batch and rate are a quarter of B1's, since there are fewer images. Call it again to go on; what is finished is not run again.
+`--recipe B2` takes the stronger strategy, of table 3. Fewer images want smaller batches: the rate goes down with the batch, and an average of the
+weights remembers the same share of the training. Call it again to go on; what is finished is not run again.
 """
 import argparse, time, warnings
 from pathlib import Path
@@ -17,20 +18,26 @@ PAIRS = [('torchvision:resnet34', 'torchvision:resnet18'), ('torchvision:resnet5
 METHODS = ['alone', 'kd', 'dist', 'diffkd']
 
 
+def in_small(recipe, epochs, batch, images):
+    "The recipe over fewer epochs of fewer images: the rate in proportion to the batch, the memory of the average in proportion to the steps"
+    shrink = recipe.epochs*(1_281_167//recipe.batch_size)/(epochs*(images//batch))
+    return recipe.scaled(epochs).replace(batch_size=batch, lr=recipe.lr*batch/recipe.batch_size, ema=recipe.ema and round(max(0., 1 - (1 - recipe.ema)*shrink), 4))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', required=True); p.add_argument('--out', type=Path, default=Path('results/imagenette')); p.add_argument('--epochs', type=int, default=100)
     p.add_argument('--batch', type=int, default=64); p.add_argument('--seeds', type=int, default=3); p.add_argument('--minutes', type=float)
     p.add_argument('--teacher', nargs=2, metavar=('TEACHER', 'STUDENT'), help='a trained teacher and a student, in place of the two pairs'); p.add_argument('--teacher-stats')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--workers', type=int, default=2); p.add_argument('--jobs', type=int, default=1)
-    p.add_argument('--methods', nargs='+', default=METHODS)
+    p.add_argument('--methods', nargs='+', default=METHODS); p.add_argument('--recipe', default='B1')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
     end = time.monotonic() + 60*a.minutes if a.minutes else None
-    recipe = get_recipe('B1').scaled(a.epochs).replace(batch_size=a.batch, lr=.1*a.batch/256)
     gpu = dict(amp='bf16', graph=True) if a.device.startswith('cuda') else {}
     common = dict(device=a.device, channels_last=True, num_workers=a.workers, **gpu)
     pairs, data = [tuple(a.teacher)] if a.teacher else [], open_data(a.data)
+    recipe = in_small(get_recipe(a.recipe), a.epochs, a.batch, data.n_train)
     if not a.teacher:
         for t,s in PAIRS:
             out = a.out/'teachers'/t.partition(':')[2]
