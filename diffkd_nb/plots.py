@@ -1,4 +1,4 @@
-"""The pictures of the paper: feature maps before and after denoising, gamma and losses over time
+"""The pictures of the paper: feature maps before and after denoising, class scores, gamma and losses over time
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/plots.html.md"""
 
@@ -211,7 +211,7 @@ def plot_gamma(
     axs[1].plot([r['epoch'] for r in rows], [r['gamma'] for r in rows], marker='.', c='#0072B2'); axs[1].set(xlabel='epoch', ylabel='mean $\\gamma$')
     return axs
 
-# %% ../nbs/14_plots.ipynb #6fc8e0fc
+# %% ../nbs/14_plots.ipynb #f586bb65
 def plot_training(
     log:Sequence[Mapping], # One dict per epoch with `task`, `kd`, `diffusion`, `reconstruction`, `gamma`; missing keys are left out
     axs=None # Two axes; made if not given
@@ -224,6 +224,7 @@ def plot_training(
     axs[0].set(xlabel='epoch', ylabel='loss', yscale='log'); axs[0].legend(fontsize=8)
     if any('gamma' in r for r in log): axs[1].plot(epochs, [r['gamma'] for r in log], c='tab:purple')
     axs[1].set(xlabel='epoch', ylabel='mean $\\gamma$')
+    for ax in axs: ax.xaxis.get_major_locator().set_params(integer=True)
     return axs
 
 # %% ../nbs/14_plots.ipynb #bfe416dc

@@ -1,4 +1,4 @@
-"""Every table of the paper as a grid that can be run
+"""The paper's tables on classification as grids that can be run
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/tables.html.md"""
 
