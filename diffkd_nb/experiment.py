@@ -34,10 +34,10 @@ from .teacher_cache import TeacherCache
 
 # %% auto #0
 __all__ = ['TABLE_CHECK', 'EXECUTORS', 'FULL_DATA', 'Method', 'parse_method', 'all_options', 'make_teacher', 'world_size',
-           'process_rank', 'code_version', 'environment', 'manifest_hash', 'EpochOrder', 'RunLog', 'rng_state',
-           'set_rng_state', 'Checkpoint', 'run', 'first_distiller', 'stored_learner', 'Check', 'Report', 'evaluate',
-           'add_same', 'verify', 'Cell', 'grid_cells', 'compare', 'interval', 'paired_test', 'holm', 'verdict_word',
-           'Comparison']
+           'process_rank', 'code_version', 'environment', 'peak_memory', 'manifest_hash', 'EpochOrder', 'RunLog',
+           'rng_state', 'set_rng_state', 'Checkpoint', 'run', 'first_distiller', 'stored_learner', 'Check', 'Report',
+           'evaluate', 'add_same', 'verify', 'Cell', 'grid_cells', 'compare', 'interval', 'paired_test', 'holm',
+           'verdict_word', 'Comparison']
 
 # %% ../nbs/13_experiment.ipynb #1002ad6a
 class Method(NamedTuple):
@@ -138,6 +138,12 @@ def environment(device) -> dict:
     dev = torch.device(device)
     return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, timm=timm.__version__,
                 machine=platform.machine(), processor=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else torch.backends.cpu.get_cpu_capability(), device=str(dev), threads=torch.get_num_threads())
+
+# %% ../nbs/13_experiment.ipynb #719853e3
+def peak_memory() -> int:
+    "The most memory that this process has held, in bytes"
+    try: return 1024*int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/13_experiment.ipynb #052d4334
 def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -358,7 +364,7 @@ def _train(recipe, data, t_model, student, method, seed, out, settings, state, d
     from diffkd_nb.distributed import agree
     return agree(finish)
 
-# %% ../nbs/13_experiment.ipynb #63bfce77
+# %% ../nbs/13_experiment.ipynb #63dbd03c
 def _finish(learn, log, out, settings, data, t_model, device, began, seconds, keep_distiller, keep_student=True, processes=(1,)):
     "Write student and manifest; the manifest comes last, so a folder that has one is whole"
     for cb in learn.cbs:
@@ -372,12 +378,12 @@ def _finish(learn, log, out, settings, data, t_model, device, began, seconds, ke
     if seen is not None and seen.rows: Diagnosis(seen).save(out)
     acc = [r['accuracy'] for r in log.rows]
     steps = len(learn.dls.train)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    peak, of = (torch.cuda.max_memory_allocated(device), 'GPU allocations') if device.type == 'cuda' else (peak_memory(), 'process')
     m = dict(status='finished', settings=settings, options=all_options(settings['method']), taps=_taps(first_distiller(learn)), code=code_version(), environment=environment(device),
         result=dict(accuracy=acc[-1], best_accuracy=max(acc), best_epoch=1 + int(np.argmax(acc)), **({'top5': log.rows[-1]['top_k_accuracy']} if 'top_k_accuracy' in log.rows[-1] else {}),
                     valid_loss=None if np.isnan(log.rows[-1]['valid_loss']) else log.rows[-1]['valid_loss']),
         cost=dict(seconds=round(seconds, 1), resumed_at_epoch=began or None, ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps, peak_memory_mb=round(peak/2**20, 1),
-                  peak_memory_of='GPU allocations' if device.type == 'cuda' else 'whole process', student_parameters=n_parameters(student), added_parameters=n_parameters(distiller) if distiller is not None else 0, **_graph(learn), **({} if max(processes) == 1 else dict(processes=list(processes)))),
+                  peak_memory_of=of, student_parameters=n_parameters(student), added_parameters=n_parameters(distiller) if distiller is not None else 0, **_graph(learn), **({} if max(processes) == 1 else dict(processes=list(processes)))),
         data=dict(spec=data.spec, n_train=data.n_train, n_valid=data.n_valid, classes=len(data.classes)), student_hash=state_hash(student),
         files={f: _sha(out/f) for f in ('log.csv', 'student.safetensors', 'distiller.safetensors', 'diagnostics.json') if (out/f).is_file()}, finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     m = json.loads(json.dumps(m)); m['hash'] = manifest_hash(m)
@@ -787,7 +793,7 @@ def verdict_word(difference:float, p:float, level:float=.05) -> str: # 'better',
     "A difference in words"
     return 'one seed' if np.isnan(p) else 'not distinguishable' if p > level else 'better' if difference > 0 else 'worse'
 
-# %% ../nbs/13_experiment.ipynb #8ffd63e3
+# %% ../nbs/13_experiment.ipynb #f0d55c90
 FULL_DATA = {'CIFAR-100': ('cifar100', 50_000, 10_000), 'ImageNet': ('', 1_281_167, 50_000)} # The paper's data sets: start of our name, images of both splits
 
 def _whole(m):
@@ -813,7 +819,7 @@ class Comparison:
         for folder,m in self.manifests.items():
             s, r, c = m['settings'], m['result'], m['cost']
             rows.append(dict(folder=folder, student=s['student'], teacher=names.get(pair(folder), pair(folder).partition('-from-')[2]), method=s['method'], seed=s['seed'], accuracy=100*r['accuracy'],
-                             best=100*r['best_accuracy'], ms_per_step=c['ms_per_step'], memory_mb=c['peak_memory_mb'], added_parameters=c['added_parameters'], seconds=c['seconds'], recipe=s['recipe']['name'], data=s['data'], whole=_whole(m)))
+                             best=100*r['best_accuracy'], ms_per_step=c['ms_per_step'], memory_mb=math.nan if c['peak_memory_of'] == 'whole process' else c['peak_memory_mb'], added_parameters=c['added_parameters'], seconds=c['seconds'], recipe=s['recipe']['name'], data=s['data'], whole=_whole(m)))
         columns = ['folder', 'student', 'teacher', 'method', 'seed', 'accuracy', 'best', 'ms_per_step', 'memory_mb', 'added_parameters', 'seconds',
                    'recipe', 'data', 'whole']
         return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
