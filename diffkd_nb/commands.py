@@ -22,7 +22,7 @@ from .tables import TABLES, run_table
 # %% auto #0
 __all__ = ['at_least', 'train_parser', 'train_main', 'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
-# %% ../nbs/17_commands.ipynb #74dbd9ee
+# %% ../nbs/17_commands.ipynb #c75ec01e
 _HELP = argparse.RawDescriptionHelpFormatter
 _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER (images stay on disk) | arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50';
@@ -50,7 +50,7 @@ def _common(p):
     p.add_argument('--batch-size', type=at_least(2), help="images per step, in place of the recipe's")
     p.add_argument('--lr', type=at_least(0, float), help="learning rate, in place of the recipe's")
     p.add_argument('--teacher-stats',
-                   help="normalisation that the teacher was trained with: cifar10, cifar100 or imagenet (default: that of the data)")
+                   help="normalisation that the teacher was trained with: cifar10, cifar100, imagenet or inception (default: that of the data)")
     p.add_argument('--weights', help='folder where the files of published weights are looked for before they are downloaded')
     p.add_argument('--cache', help="folder for the teacher's outputs, shared by runs; only for crop and flip")
     p.add_argument('--download', action='store_true', help='fetch CIFAR into its folder if it is not there (sums are checked)')

@@ -423,7 +423,7 @@ def load_published(
         raise InputError(f"the weights of {p.name} cannot be downloaded ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}). Get {p.url}, put it into a folder as {p.file}, "
                          "and name the folder (weights=FOLDER, --weights FOLDER).") from None
 
-# %% ../nbs/11_models.ipynb #b5bd5346
+# %% ../nbs/11_models.ipynb #55aa5f97
 @lru_cache
 def imagenet_classes() -> list: # 1000 names such as 'n01440764', in the order of the outputs
     "Names of ImageNet's class folders, from timm"
@@ -443,7 +443,8 @@ def keep_classes(
 ) -> nn.Module: # The same model
     "Leave a classifier some of its classes"
     name, old = classifier(model)
-    if not all(0 <= c < old.out_features for c in classes): raise InputError(f"{type(model).__name__} has {old.out_features} classes, asked for {max(classes)}.")
+    wrong = [c for c in classes if not 0 <= c < old.out_features]
+    if wrong: raise InputError(f"{type(model).__name__} has the classes 0 to {old.out_features - 1}, asked for {', '.join(map(str, wrong[:5]))}.")
     new = nn.Linear(old.in_features, len(classes), bias=old.bias is not None).to(old.weight)
     with torch.no_grad():
         new.weight.copy_(old.weight[classes])
