@@ -293,9 +293,10 @@ class _Arrays:
     def __getitem__(self, i): return self.x[i], self.y[i]
     def new_empty(self): return _Arrays(self.x[:0], self.y[:0], self.classes)
 
-# %% ../nbs/10_data.ipynb #34475f43
+# %% ../nbs/10_data.ipynb #65d08a9a
 class ArrayDL(DataLoader):
     "Batches from images in memory, made where the images are; after a batch `batch_index` and `batch_view` say what it holds"
+    n_inp = 1 # Inputs in a batch, as fastai asks
     ahead = None # Batches that are cropped and normalised at a time: 32 on a GPU, 1 elsewhere by default
     def __init__(self, dataset, stats=((0.,), (1.,)), views:Views|None=None, seed:int=0, **kwargs):
         super().__init__(dataset, **{**kwargs, 'num_workers': 0})
@@ -455,7 +456,7 @@ class _Files:
             x = self.transform(x)
             return (x, self.y[i], *(_draw_erasing(self.erasing, x) if self.erasing else ()))
 
-# %% ../nbs/10_data.ipynb #2b933170
+# %% ../nbs/10_data.ipynb #8270e7e5
 @lru_cache(16)
 def _channels(values, device, dtype):
     "Tuples of one value per channel as tensors (C, 1, 1); made once, since they come from the host"
@@ -463,6 +464,7 @@ def _channels(values, device, dtype):
 
 class FileDL(DataLoader):
     "Batches of image files, read by worker processes and normalised where they arrive; order and augmentation as in `ArrayDL`"
+    n_inp = 1
     def __init__(self, dataset, stats=((0.,), (1.,)), seed:int=0, **kwargs):
         super().__init__(dataset, **kwargs)
         self.stats,self.seed = tuple(tuple(float(v) for v in s) for s in stats),seed
