@@ -272,7 +272,7 @@ def words(self:Diagnosis) -> list[str]: # One sentence per sign; empty where not
 def __str__(self:Diagnosis):
     return '\n'.join(self.words() or ['Nothing looks wrong.'])
 
-# %% ../nbs/14a_diagnostics.ipynb #5017b328
+# %% ../nbs/14a_diagnostics.ipynb #6a75e24d
 @patch
 def plot(self:Diagnosis,
     tap:str|None=None, # Name of a tap; the first by default
@@ -289,20 +289,20 @@ def plot(self:Diagnosis,
     a[0].set(title='gamma: median, 5 to 95 %', ylim=(0, 1.02))
     for k,c in (('cka', '#0072B2'), ('cosine', '#D55E00')):
         line(a[1], f'{k}_before', c=c, ls=':', label=f'{k} before'); line(a[1], f'{k}_after', c=c, label=f'{k} after')
-    a[1].set(title='likeness to the teacher'); a[1].legend(fontsize=7)
+    a[1].set(title='likeness to the teacher'); a[1].legend(fontsize=7, framealpha=.6)
     _plot_steps(a[2], rows)
     _plot_times(a[3], rows)
     for k,c in (('task', '#000000'), ('kd', '#0072B2'), ('diffusion', '#E69F00'), ('reconstruction', '#999999')):
         if any(r.get(f'pull_{k}') for r in rows): line(a[4], f'pull_{k}', c=c, label=k)
-    a[4].set(title='gradient at the feature', yscale='log'); a[4].legend(fontsize=7)
-    line(a[5], 'student_norm', c='#0072B2', label='student'); line(a[5], 'teacher_norm', c='#D55E00', label='teacher'); a[5].set(title='norm of the feature'); a[5].legend(fontsize=7)
+    a[4].set(title='gradient at the feature', yscale='log'); a[4].legend(fontsize=7, framealpha=.6)
+    line(a[5], 'student_norm', c='#0072B2', label='student'); line(a[5], 'teacher_norm', c='#D55E00', label='teacher'); a[5].set(title='norm of the feature'); a[5].legend(fontsize=7, framealpha=.6)
     for ax in (a[0], a[1], a[4], a[5]): ax.set_xlabel('epoch')
     return axs
 
 def _plot_steps(ax, rows):
     "Distance to the teacher after each denoising step, first, middle and last epoch"
     for r,c in zip([rows[i] for i in sorted({0, len(rows)//2, len(rows)-1})], ('#BBBBBB', '#56B4E9', '#0072B2')): ax.plot(r['step_mse'], marker='.', c=c, label=f"epoch {r['epoch']}")
-    ax.set(title='MSE after each step', xlabel='steps', xticks=range(len(rows[0]['step_mse']))); ax.legend(fontsize=7)
+    ax.set(title='MSE after each step', xlabel='steps', xticks=range(len(rows[0]['step_mse']))); ax.legend(fontsize=7, framealpha=.6)
 
 def _plot_times(ax, rows):
     "Diffusion loss by range of the time t"
@@ -310,4 +310,4 @@ def _plot_times(ax, rows):
     for i in range(RANGES if shown else 0):
         ax.plot([r['epoch'] for r in shown], [r['diffusion_by_time'][i] for r in shown], c=plt.cm.cividis(i/RANGES), marker='.', label=f't {i*N_TIMES//RANGES} to {(i+1)*N_TIMES//RANGES - 1}')
     ax.set(title='diffusion loss by time', xlabel='epoch')
-    if shown: ax.legend(fontsize=7)
+    if shown: ax.legend(fontsize=7, framealpha=.6)

@@ -74,19 +74,37 @@ def test_a_method_without_diffusion_is_refused(runs):
     with pytest.raises(ValueError, match='1 or more'): DenoisingDiagnostics(0)
 
 
-def test_columns_reach_tensorboard(runs, tmp_path):
-    pytest.importorskip('tensorboard')
-    from fastai.callback.tensorboard import TensorBoardCallback
+def looked_at(runs, *cbs):
+    "A Learner that was trained with diagnostics in columns and with further callbacks"
     from fastai.vision.all import Learner, CrossEntropyLossFlat
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from diffkd_nb.callback import DiffKDCallback
     from diffkd_nb.data import make_dls, open_data
     from diffkd_nb.experiment import make_teacher
     from diffkd_nb.models import make_model
     data = open_data('digits'); t, _ = make_teacher(runs[1], data)
-    learn = Learner(make_dls(data, 32), make_model('small:4', 10, 1, 8), loss_func=CrossEntropyLossFlat(), cbs=[DiffKDCallback(t, verbose=False), DenoisingDiagnostics(10, columns=True),
-                    TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    learn = Learner(make_dls(data, 32), make_model('small:4', 10, 1, 8), loss_func=CrossEntropyLossFlat(),
+                    cbs=[DiffKDCallback(t, verbose=False), DenoisingDiagnostics(10, columns=True), *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    return learn, [r['gamma_p50'] for r in learn.denoising_diagnostics.rows if r['tap'] == 'feature']
+
+
+def test_columns_reach_tensorboard(runs, tmp_path):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, gamma = looked_at(runs, TensorBoardCallback(tmp_path, trace_model=False, log_preds=False))
     seen = EventAccumulator(str(tmp_path)); seen.Reload()
-    got = [e.value for e in seen.Scalars('gamma_p50')]
-    assert got == pytest.approx([r['gamma_p50'] for r in learn.denoising_diagnostics.rows if r['tap'] == 'feature'], rel=1e-5)
+    assert [e.value for e in seen.Scalars('gamma_p50')] == pytest.approx(gamma, rel=1e-5)
+
+
+def test_columns_reach_weights_and_biases(runs, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    import fastai.callback.wandb as wb
+    if hasattr(wb, 'init_args'): monkeypatch.setattr(wb, 'init_args', lambda o, f=wb.init_args: f(o) if hasattr(o, '__dict__') else {})     # as page 14a says
+    monkeypatch.setenv('WANDB_SILENT', 'true'); monkeypatch.chdir(tmp_path)
+    with wandb.init(mode='offline', dir=tmp_path) as run:
+        seen, log = [], run.log
+        monkeypatch.setattr(wandb, 'log', lambda d, **k: (seen.append(d), log(d, **k)))
+        _, gamma = looked_at(runs, wb.WandbCallback(log=None, log_preds=False))
+        last = run.summary['gamma_p50']
+    assert [d['gamma_p50'] for d in seen if 'gamma_p50' in d] == pytest.approx(gamma, rel=1e-5) and last == pytest.approx(gamma[-1], rel=1e-5)
