@@ -143,7 +143,7 @@ def environment(device) -> dict:
 def peak_memory() -> int:
     "The most memory that this process has held, in bytes"
     try: return 1024*int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    except (OSError, TypeError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/13_experiment.ipynb #052d4334
 def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
