@@ -100,7 +100,7 @@ def train_parser() -> argparse.ArgumentParser:
 examples:
   diffkd_train --data cifar100:data --student resnet56 --method alone --out teachers/resnet56
   diffkd_train --data cifar100:data --teacher resnet56@teachers/resnet56/student.safetensors --student resnet20 --method diffkd --out runs/diffkd-0
-  diffkd_train --data digits --recipe tiny --student small:8 --method alone --out /tmp/try""")
+  diffkd_train --data digits --recipe tiny --student small:8 --method alone --out runs/try""")
     _common(p)
     p.add_argument('--teacher', help='NAME@FILE, or NAME@WEIGHTS for published ones (torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); not needed by --method alone')
     p.add_argument('--student', required=True, help='name of a model')
