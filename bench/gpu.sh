@@ -42,7 +42,7 @@ graph=; step graph.xml "$python" -m pytest tests/test_fast.py -q -m "$marks" ${r
 # 2. the notebook cells that need a GPU
 rm -f "$out/cells.part"
 flags=cuda; [ -n "$rehearse" ] && flags=
-step cells.txt bash -c "cd nbs && for n in 06_callback 18_fast; do $python -c \"import nbdev.test as t; t.nbdev_test('\$n.ipynb', flags='$flags', n_workers=1, do_print=True)\" && echo \"\$n.ipynb, flags: $flags\" >> '$out/cells.part' || exit 1; done && mv '$out/cells.part' '$out/cells.txt'"
+step cells.txt bash -c "cd nbs && for n in 09_callback 21_fast; do $python -c \"import nbdev.test as t; t.nbdev_test('\$n.ipynb', flags='$flags', n_workers=1, do_print=True)\" && echo \"\$n.ipynb, flags: $flags\" >> '$out/cells.part' || exit 1; done && mv '$out/cells.part' '$out/cells.txt'"
 # 3. time of a tap and of a step against the authors' program
 taps=(--batches 16 128 --maps 4 7 --rounds 20 --compile) steps=(); [ -n "$rehearse" ] && taps=(--batches 4 --maps 4 --rounds 1) steps=(--pairs wrn_40_2-wrn_40_1 --steps 2 --rounds 1 --batch 8)
 if [ -n "${RELEASED:-}" ]; then step distiller.json "$python" bench/distiller.py --released "$RELEASED/lib/models/losses" "${taps[@]}" --device $device --out "$out/distiller.json"

@@ -3,7 +3,7 @@
     python bench/table9.py --data cifar100:FOLDER [--minutes 10] [--device cuda] [--jobs 6] [--stages teachers rates grid controls]
 
 Every run is a cell that is never run twice; an interrupted one goes on from its checkpoint. Call it until it says that nothing is left. What is
-finished stands under --out and --teachers, and `nbs/30_cifar100.ipynb` reads it from there.
+finished stands under --out and --teachers, and `nbs/60_cifar100.ipynb` reads it from there.
 
 Stages
   teachers   the four teachers by A1, seed 0; stored in half precision with manifest and hash, and evaluated again in that form

@@ -142,8 +142,8 @@ def test_html_without_text_is_left_out(body):
 
 
 def test_markdown_output_is_kept(body):
-    text = body(code('#| echo: false\nf()', result(text_markdown='**bold** [x](06_callback.ipynb)', text_plain='obj')))
-    assert text == '**bold** [x](nbs/06_callback.ipynb)\n'
+    text = body(code('#| echo: false\nf()', result(text_markdown='**bold** [x](09_callback.ipynb)', text_plain='obj')))
+    assert text == '**bold** [x](nbs/09_callback.ipynb)\n'
 
 
 def test_relative_targets_are_rebased(body):
