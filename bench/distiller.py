@@ -10,7 +10,8 @@ import argparse, copy, importlib, json, platform, statistics, sys, time
 from pathlib import Path
 import torch
 from torch.nn import functional as F
-from diffkd_nb.diffkd import DiffKD, from_released
+from diffkd_nb.diffkd import DiffKD
+from diffkd_nb.released import from_released
 
 
 def make(kind, released):

@@ -9,40 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from inspect import signature
 from warnings import warn
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
+from torch.utils._pytree import tree_map
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastai.basics import CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
+from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                           CancelValidException)
 from fastai.basics import Callback, Learner, OptimWrapper, ValueMetric, norm_bias_params
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from .rng import same_rng
-from .taps import Capture, plan_taps, plan_table, unwrap
+from .taps import unwrap
+from .distiller import Context
 from .diffkd import DiffKD, DiffKDDistiller
-from .methods import get_method
+from .distillation import Distillation, as_method
 
 # %% auto #0
-__all__ = ['sample_inputs', 'OptimizerTail', 'batch_index', 'data_labels', 'check_options', 'DistillCallback',
-           'TeacherlessCallback', 'DiffKDCallback']
+__all__ = ['sample_inputs', 'OptimizerTail', 'batch_index', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
+           'distillation', 'DiffKDCallback']
 
 # %% ../nbs/09_callback.ipynb #da6cef5c
 def sample_inputs(
     learn:Learner, # Learner with a training set
     n:int=2 # Samples to keep
 ) -> tuple: # Inputs of the model, the first `n` samples of a training batch
-    "The first samples of a training batch, leaving every random state as it was; `ValueError` for an empty training set"
+    "The first samples of a training batch; no random state changes; `ValueError` for an empty training set"
     dl = learn.dls.train
     with same_rng(dl):
         b = first(dl) if not hasattr(dl, 'one_batch') else dl.one_batch() if len(dl) else None
-    if b is None: raise ValueError(f"the training set gives no batch: {len(getattr(dl, 'dataset', []))} items with batch size {getattr(dl, 'bs', None)} "
-                                   "and incomplete batches dropped. Add data or lower the batch size.")
+    if b is None:
+        raise ValueError(f"the training set gives no batch: {len(getattr(dl, 'dataset', []))} items with batch size "
+                         f"{getattr(dl, 'bs', None)} and incomplete batches dropped. Add data or lower the batch size.")
     i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-    return tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in b[:i])
+    few = lambda x: x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x
+    return tuple(tree_map(few, x) for x in b[:i])
 
 # %% ../nbs/09_callback.ipynb #06ad2409
 class OptimizerTail:
@@ -51,32 +55,49 @@ class OptimizerTail:
         params:Sequence[nn.Parameter], # Parameters to add
         no_decay:Sequence[nn.Parameter]=() # Those without weight decay (fastai optimisers only, as in fastai itself)
     ):
-        self.params,self.no_decay,self.parked,self.kind = list(params),{id(p) for p in no_decay},{},None
+        self.params,self.no_decay = list(params),{id(p) for p in no_decay}
+        self.parked,self.kind = {},None     # states of the parameters while they are away; which optimiser they are of
 
     def _state(self, opt): return opt.opt.state if isinstance(opt, OptimWrapper) else opt.state
     def _group(self, opt): g = opt.param_lists[-1]; return g.items if isinstance(g, L) else g
+    def _kind(self, opt):
+        names = [getattr(c, '__name__', str(c)) for c in getattr(opt, 'cbs', ())]
+        return [type(opt).__name__, type(getattr(opt, 'opt', None)).__name__, *names]
 
-    def add(self, opt):
-        "Join the last group of `opt`; state from an earlier `remove` comes back unless the optimiser was made anew"
-        kind = [type(opt).__name__, type(getattr(opt, 'opt', None)).__name__, *(getattr(c, '__name__', str(c)) for c in getattr(opt, 'cbs', ()))]
-        new = not any(set(s) - {'do_wd', 'force_train'} for s in self._state(opt).values())
-        if new or kind != self.kind: self.parked = {}
-        self.kind = kind
-        self._group(opt).extend(self.params)
-        for p in self.params:
-            if p in self.parked:        # a loaded state may lie on another device; Adam's `step` stays where it is
-                self._state(opt)[p] = {k: v.to(p.device) if isinstance(v, Tensor) and k != 'step' else v for k,v in self.parked[p].items()}
-            elif not isinstance(opt, OptimWrapper): opt.state[p] = {'do_wd': False} if id(p) in self.no_decay else {}
-            if isinstance(opt, OptimWrapper): opt.state[p] = {}
+# %% ../nbs/09_callback.ipynb #772c4e6b
+@patch
+def add(self:OptimizerTail, opt):
+    "Join the last group of `opt`; state from an earlier `remove` comes back unless the optimiser was made anew"
+    kind, state = self._kind(opt), self._state(opt)
+    new = not any(set(s) - {'do_wd', 'force_train'} for s in state.values())
+    if new or kind != self.kind: self.parked = {}
+    self.kind = kind
+    self._group(opt).extend(self.params)
+    def on(p, k, v): return v.to(p.device) if isinstance(v, Tensor) and k != 'step' else v    # Adam's `step` stays put
+    for p in self.params:
+        if p in self.parked: state[p] = {k: on(p, k, v) for k,v in self.parked[p].items()}
+        elif not isinstance(opt, OptimWrapper): opt.state[p] = {'do_wd': False} if id(p) in self.no_decay else {}
+        if isinstance(opt, OptimWrapper): opt.state[p] = {}
 
-    def remove(self, opt):
-        "Leave `opt`, keeping the state"
-        ids, g = {id(p) for p in self.params}, self._group(opt)
-        g[:] = [p for p in g if id(p) not in ids]
-        for p in self.params:
-            s = self._state(opt).pop(p, None)
-            if s: self.parked[p] = s
-            opt.state.pop(p, None)
+@patch
+def remove(self:OptimizerTail, opt):
+    "Leave `opt`, keeping the state"
+    ids, g = {id(p) for p in self.params}, self._group(opt)
+    g[:] = [p for p in g if id(p) not in ids]
+    for p in self.params:
+        s = self._state(opt).pop(p, None)
+        if s: self.parked[p] = s
+        opt.state.pop(p, None)
+
+@patch
+def state_dict(self:OptimizerTail) -> dict: # `optimizer`: one state per parameter, `kind`
+    "States of the parameters between two epochs"
+    return {'optimizer': [self.parked.get(p, {}) for p in self.params], 'kind': self.kind}
+
+@patch
+def load_state_dict(self:OptimizerTail, sd:dict): # From `state_dict`
+    "Put back what `state_dict` gave"
+    self.parked,self.kind = {p: s for p,s in zip(self.params, sd['optimizer']) if s},sd['kind']
 
 # %% ../nbs/09_callback.ipynb #8c266dc6
 def batch_index(
@@ -88,7 +109,8 @@ def batch_index(
     if own is not None: return torch.as_tensor(own)
     idxs, bs = getattr(dl, '_DataLoader__idxs', None), getattr(dl, 'bs', None) # fastai keeps the order of the epoch
     if idxs is None or bs is None or getattr(dl, 'sample', None) is not None and not getattr(dl, 'indexed', True):
-        raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: use a fastai DataLoader over an indexed dataset.")
+        raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: "
+                         "use a fastai DataLoader over an indexed dataset.")
     return torch.tensor([int(i) for i in idxs[learn.iter*bs:learn.iter*bs + n]])
 
 # %% ../nbs/09_callback.ipynb #ab6f8a43
@@ -102,68 +124,67 @@ def data_labels(
     try: return torch.tensor([int(y) for y in tls[-1]]) if tls is not None and len(tls) > 1 else None
     except (TypeError, ValueError): return None
 
-def check_options(cls, options):
-    "`cls` with options filled in; `TypeError` for one that it does not have"
-    known = [p.name for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-             and p.name not in ('plan', *getattr(cls, 'needs', ()))]
-    open_ended = any(p.kind == p.VAR_KEYWORD for p in signature(cls).parameters.values())
-    wrong = [] if open_ended else [o for o in options if o not in known]
-    if hasattr(cls, 'check_options'): cls.check_options(options)
-    if wrong: raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, wrong))}: its options are {', '.join(known)}.")
-    return partial(cls, **options)
-
 # %% ../nbs/09_callback.ipynb #69731ba6
 class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
     def __init__(self,
         teacher:nn.Module|Learner, # The model to learn from; left as it is
-        distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or the name of a method (see `METHODS`)
-        taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default, or last feature map and logits
+        distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or a method's name (see `METHODS`)
+        taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default
         task_weight:float=1., # Weight of the Learner's own loss
         seed:int|None=None, # Seed of the distiller's random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile the distiller with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
-        teacher_transform:Callable|None=None, # Function of the input, applied before the teacher sees it: its own normalisation or size
+        teacher_transform:Callable|None=None, # Function of the input, applied before the teacher sees it
         cache=None, # A `TeacherCache`; the teacher runs at every step without one
         **options # Options of the method, where `distiller` is a name
     ):
-        teacher = teacher.model if isinstance(teacher, Learner) else teacher
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher must be an nn.Module or a fastai Learner, got {type(teacher).__name__}: {str(teacher)[:60]!r}.")
-        if isinstance(distiller, str): distiller = check_options(get_method(distiller), options)
-        elif options:
-            raise TypeError(f"unexpected arguments {', '.join(map(repr, options))}: options of the method go with its name, or into the distiller.")
-        if not isinstance(distiller, nn.Module) and not callable(distiller):
-            raise TypeError(f"distiller must be an nn.Module, a function from a plan to one or the name of a method, got {type(distiller).__name__}.")
-        if taps is None: taps = getattr(getattr(distiller, 'func', distiller), 'default_taps', None)
+        self.teacher = _teacher_model(teacher)
+        self.method = as_method(distiller, options)
+        taps = self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
-            raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
-        self.teacher,self.make_distiller,self.requested,self.task_weight,self.seed,self.compile,self.verbose = teacher,distiller,taps,task_weight,seed,compile,verbose
-        self.teacher_transform,self.cache = teacher_transform,cache
-        self.plan,self.distiller,self.planned_for,self.tail,self.noise_generator = None,None,None,None,None
-        self.fitting,self.attached,self.before,self.teacher_was = False,False,None,None
-        self.means,self.totals,self.seen,self.watched,self.finite,self.captured,self.part,self.watch = {},{},0,[],None,False,(0, 1),None
+            raise ValueError("taps is empty: there is nothing to distil. "
+                             "Leave it out for the default, ['feature', 'logits'].")
+        self.asked_taps,self.task_weight,self.seed,self.compile = taps,task_weight,seed,compile
+        self.verbose,self.teacher_transform,self.cache = verbose,teacher_transform,cache
+        self.kd = self.tail = self.before = self.trainer = None
+        self.fitting = self.attached = False
+        self.means,self.watched = {},[]
+
+    plan = property(lambda self: None if self.kd is None else self.kd.plan)
+    distiller = property(lambda self: None if self.kd is None else self.kd.distiller)
+
+def _teacher_model(teacher):
+    "A model, or that of a Learner"
+    teacher = teacher.model if isinstance(teacher, Learner) else teacher
+    if isinstance(teacher, nn.Module): return teacher
+    raise TypeError("teacher must be an nn.Module or a fastai Learner, "
+                    f"got {type(teacher).__name__}: {str(teacher)[:60]!r}.")
 
 # %% ../nbs/09_callback.ipynb #d6fe996a
 @patch
 def make_plan(self:DistillCallback):
     "Find the taps by a dry run, build the distiller, print the plan"
     student = unwrap(self.learn.model)
-    if self.planned_for is student: return
-    with same_rng():
-        xb = sample_inputs(self.learn)
-        self.plan = plan_taps(student, self.teacher, *xb, taps=self.requested, teacher_xb=self._transform(xb))
-        make = self.make_distiller
-        self.distiller = make if isinstance(make, nn.Module) else make(self.plan, **self._needs(getattr(make, 'func', make)))
-    self.planned_for,self.noise_generator = student,None
-    self.tail = OptimizerTail(self.distiller.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(self.distiller))
-    self.student_capture = Capture(student, {t.name: t.student for t in self.plan})
-    self.teacher_capture_places = {t.name: t.teacher for t in self.plan}
-    self.teacher_capture = Capture(self.teacher, self.teacher_capture_places)
+    if self.kd is not None and self.kd.student is student: return
+    kd = Distillation(student, self.teacher, self.method, sample_inputs(self.learn), self.asked_taps, self.seed,
+                      self.teacher_transform, self.cache, self._context)
+    self.tail = OptimizerTail(kd.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(kd.distiller))
     if self.compile:
-        for m in getattr(self.distiller, 'taps', [self.distiller]): m.compile(fullgraph=True)
-    if self.verbose: print(plan_table(self.plan, getattr(self.distiller, 'columns', dict)()))
+        for m in kd.distiller.pieces(): m.compile(fullgraph=True)
+    if self.verbose: print(kd)
+    self.kd = kd
+
+@patch
+def _context(self:DistillCallback, needs):
+    "What a method asks for when it is made"
+    dl = self.learn.dls.train
+    if 'index' in needs and not hasattr(getattr(dl, 'dataset', None), '__len__'):
+        raise ValueError("this method keeps a memory of every training sample, and this training set has no "
+                         "length: use an indexed dataset.")
+    return Context(n_data=len(dl.dataset) if 'n_data' in needs else None,
+                   labels=data_labels(dl) if 'labels' in needs else None)
 
 # %% ../nbs/09_callback.ipynb #4ee6e39f
 @patch
@@ -175,23 +196,46 @@ def after_create(self:DistillCallback):
 def before_fit(self:DistillCallback):
     "Prepare a fit: plan, columns, guard; nothing for validation and prediction"
     if self.learn.lock.locked(): return
-    if hasattr(self.learn, 'non_native_mixed_precision'):
-        raise ValueError("NonNativeMixedPrecision keeps its own copy of the parameters and would not train the distiller: use learn.to_fp16() or to_bf16().")
-    if len(self.learn._grab_cbs(DistillCallback)) > 1:
-        raise ValueError("two distillation callbacks on one Learner: remove one, or write one distiller that adds the losses of both.")
     self.finish()
     self.make_plan()
-    mixed = [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]
-    if mixed and getattr(getattr(self.distiller, '_orig_mod', self.distiller), 'hard_labels', False):
-        raise ValueError(f"{type(self.distiller).__name__} uses the class of each sample, and {mixed[0]} mixes samples of two classes: leave one of them out, or use 'kd' or 'dist'.")
-    self.part = self._find_part()
+    self._check_others()
     self.fitting = True
     if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): self.before = deepcopy(self.state_dict())
-    names = ['task', *getattr(self.distiller, 'loss_names', ('distill',)), *getattr(self.distiller, 'stat_names', ())]
+    names = ['task', *self.distiller.loss_names, *self.distiller.stat_names]
     self.means.clear(); self.means.update(dict.fromkeys(names))
     self.watched = [ValueMetric(partial(self.means.get, n), n) for n in names]
     self.learn.metrics = self.learn.metrics + self.watched
     self.learn._do_epoch = _Guard(self)
+
+# %% ../nbs/09_callback.ipynb #497dda5a
+@patch
+def _check_others(self:DistillCallback):
+    "`ValueError` for callbacks that cannot go with a distillation"
+    if hasattr(self.learn, 'non_native_mixed_precision'):
+        raise ValueError("NonNativeMixedPrecision keeps its own copy of the parameters and would not train "
+                         "the distiller: use learn.to_fp16() or to_bf16().")
+    if len(self.learn._grab_cbs(DistillCallback)) > 1:
+        raise ValueError("two distillation callbacks on one Learner: remove one, or join the methods ('kd+crd').")
+    mixed = [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]
+    if mixed and self.distiller.hard_labels:
+        raise ValueError(f"{self._name()} uses the class of each sample, and {mixed[0]} mixes samples of two classes: "
+                         "leave one of them out, or use 'kd' or 'dist'.")
+    if mixed and self.cache is not None:
+        raise ValueError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: "
+                         f"leave out the cache or {mixed[0]}.")
+    self.trainer = next((c for c in self.learn.cbs if type(c).__name__ == 'DistributedTrainer'), None)
+    if self._part()[1] > 1 and 'index' in self.distiller.needs:
+        raise ValueError(f"{self._name()} keeps a memory of every training sample, and each process would keep "
+                         "another: train in one process.")
+
+@patch
+def _name(self:DistillCallback): return type(self.distiller).__name__
+
+@patch
+def _part(self:DistillCallback):
+    "(rank, number of processes) where the Learner's model is wrapped for several, else (0, 1)"
+    if self.trainer is None or not dist.is_initialized(): return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 # %% ../nbs/09_callback.ipynb #ce9e87ec
 _cancels = (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException)
@@ -203,167 +247,71 @@ class _Guard:
         try: type(self.cb.learn)._do_epoch(self.cb.learn)
         except _cancels: self.cb.detach(); raise
         except BaseException: self.cb.finish(); raise
-    def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn) # saved or copied, it is the Learner's own method
+    def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn)    # saved or copied: the Learner's own
 
 # %% ../nbs/09_callback.ipynb #92972c38
 @patch
 def before_train(self:DistillCallback):
-    "Join the optimiser, prepare the teacher, reset the epoch's means"
+    "Start the distillation, join the optimiser"
     if not self.fitting: return
     self.detach()
     dev = next(self.learn.model.parameters()).device
-    self.distiller.to(dev).train()
-    if self.noise_generator is None or (self.noise_generator.device.type, self.noise_generator.device.index or 0) != (dev.type, dev.index or 0):
-        self.noise_generator = torch.Generator(dev).manual_seed(torch.initial_seed() if self.seed is None else self.seed)
-    self.distiller.generator,self.distiller.part = self.noise_generator,self.part
-    if self.part[1] > 1: self._agree(dev)
-    if self.teacher_was is None:
-        self.teacher_was = {m: m.training for m in self.teacher.modules()}, next((p.device for p in self.teacher.parameters()), dev)
-    self.teacher.to(dev).eval()
-    if self.cache is not None: self.cache.open(self)
+    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
+    if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     self.tail.add(self.learn.opt)
-    self.seen,self.attached,self.captured = 0,True,False
-    if self.finite is None or self.finite.device != dev: self.finite,self.totals = torch.ones((), dtype=torch.bool, device=dev),{}
-    self.finite.fill_(True)
-    for t in self.totals.values(): t.zero_()
+    self.attached = True
 
 @patch
 def before_batch(self:DistillCallback):
     "Hang the student's hooks for this batch"
-    if self.attached and self.training: self.student_capture.attach()
+    if self.attached and self.training: self.kd.attach()
 
 @patch
 def after_batch(self:DistillCallback):
     "Take the hooks away (also after a cancelled batch)"
-    if self.attached: self.student_capture.detach()
-
-# %% ../nbs/09_callback.ipynb #5c4e061a
-@patch
-def _needs(self:DistillCallback, cls):
-    "What a distiller's class asks for when it is made"
-    dl, needs = self.learn.dls.train, getattr(cls, 'needs', ())
-    if 'index' in needs and not hasattr(getattr(dl, 'dataset', None), '__len__'):
-        raise ValueError(f"{cls.__name__} keeps a memory of every training sample, and this training set has no length: use an indexed dataset.")
-    ask = {'teacher': lambda: self.teacher, 'n_data': lambda: len(dl.dataset), 'labels': lambda: data_labels(dl)}
-    return {k: ask[k]() for k in needs if k in ask}
-
-@patch
-def _transform(self:DistillCallback, xb):
-    "The teacher's input: the student's, through `teacher_transform` if there is one"
-    return tuple(xb) if self.teacher_transform is None else tuple(self.teacher_transform(x) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in xb)
-
-@patch
-def run_teacher(self:DistillCallback,
-    *xb # The student's input
-) -> dict: # Tap name to (B, C, H, W), without gradient
-    "The teacher's taps of a batch"
-    with torch.no_grad(), self.teacher_capture:
-        self.teacher(*self._transform(xb))
-        return self.teacher_capture.maps()
+    if self.attached: self.kd.detach()
 
 # %% ../nbs/09_callback.ipynb #02aae309
 @patch
 def after_loss(self:DistillCallback):
-    "Run the teacher on the student's input and add the distiller's losses"
+    "Add the losses of the distillation to the Learner's"
     if not (self.attached and self.training) or not len(self.yb): return
-    student, outputs = self.student_capture.maps(), dict(self.student_capture.out) if self.watch is not None else None
-    self.student_capture.detach()
-    with torch.no_grad(): teacher = self.run_teacher(*self.xb) if self.cache is None else self.cache.maps(self)
-    self._check_finite(teacher)
-    if 'index' in getattr(self.distiller, 'needs', ()): self.distiller.index = batch_index(self.learn).to(self.yb[0].device)
-    losses = self.distiller(student, teacher, self.yb[0])
-    task = self.learn.loss_grad
-    if self.watch is not None: self.watch(student, teacher, {'task': task, **losses}, outputs)
-    self.learn.loss_grad = self.task_weight*task + sum(losses.values())
+    task, target = self.learn.loss_grad, self.yb[0]
+    index = batch_index(self.learn).to(target.device) if 'index' in self.distiller.needs else None
+    step = self.kd(self.xb, target, task, index)
+    self.kd.detach()
+    self.learn.loss_grad = self.task_weight*task + step.total
     self.learn.loss = self.learn.loss_grad.detach().clone()
-    n = len(self.yb[0])
-    for k,v in {'task': task, **losses, **getattr(self.distiller, 'stats', {})}.items():
-        if k not in self.totals: self.totals[k] = torch.zeros((), device=self.finite.device)
-        self.totals[k].add_(v.detach().float() if isinstance(v, Tensor) else v, alpha=n)     # in place: a captured step adds to the same tensor
-    self.seen += n
 
 # %% ../nbs/09_callback.ipynb #2386d6e7
-@patch
-def _check_finite(self:DistillCallback, maps):
-    "Note whether the teacher's outputs are finite; on the CPU an error comes at once, on a device at the end of the epoch"
-    for m in maps.values(): self.finite.logical_and_(torch.isfinite(m).all())
-    if self.finite.device.type == 'cpu' and not self.captured: self._raise_unless_finite()
-
-@patch
-def _raise_unless_finite(self:DistillCallback):
-    if not self.finite: raise ValueError("the teacher gave a value that is not finite (NaN or infinity) during training: check its weights, "
-                                         "the normalisation of the input, and whether it overflows in half precision.")
-
 @patch
 def after_train(self:DistillCallback):
     "Write the epoch's means, leave the optimiser"
     if not self.attached: return
-    if self.part[1] > 1: self._add_up()
-    self._raise_unless_finite()
-    self.means.update({k: float(v)/max(self.seen, 1) for k,v in self.totals.items()})
+    if self._part()[1] > 1: self.kd.tally.reduce()
+    self.kd.check_finite()
+    self.means.update(self.kd.tally.means())
     self.detach()
 
-# %% ../nbs/09_callback.ipynb #220df5f1
-@patch
-def _find_part(self:DistillCallback):
-    "(rank, number of processes) where the Learner's model is wrapped for several, else (0, 1)"
-    self.trainer = next((c for c in self.learn.cbs if type(c).__name__ == 'DistributedTrainer'), None)
-    if self.trainer is None or not dist.is_initialized() or dist.get_world_size() == 1: return 0, 1
-    if 'index' in getattr(self.distiller, 'needs', ()):
-        raise ValueError(f"{type(self.distiller).__name__} keeps a memory of every training sample, and each process would keep another: train in one process.")
-    return dist.get_rank(), dist.get_world_size()
-
-@patch
-def _agree(self:DistillCallback, dev):
-    "Take rank 0's weights, statistics and random state"
-    if dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False): self.distiller = nn.SyncBatchNorm.convert_sync_batchnorm(self.distiller)
-    self.student_capture = Capture(self.learn.model, {t.name: t.student for t in self.plan})     # modules may have been replaced
-    for t in self.distiller.state_dict().values(): whole = t.contiguous(); dist.broadcast(whole, 0); t.copy_(whole)
-    state = self.noise_generator.get_state().to(dev)
-    dist.broadcast(state, 0)
-    self.noise_generator.set_state(state.cpu())
-
-# %% ../nbs/09_callback.ipynb #7df9470c
 @patch
 def before_step(self:DistillCallback):
-    "Average the distiller's gradients over the processes, in one message"
-    if not self.attached or self.part[1] == 1: return
-    grads = [p.grad for p in self.distiller.parameters() if p.grad is not None]
-    if not grads: return
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    dist.all_reduce(flat)
-    for g,mean in zip(grads, (flat/self.part[1]).split([g.numel() for g in grads])): g.copy_(mean.view(g.shape))
-
-@patch
-def _add_up(self:DistillCallback):
-    "Sums over all processes, at the end of an epoch"
-    sums = torch.stack([*self.totals.values(), torch.tensor(float(self.seen), device=self.finite.device), (~self.finite).float()])
-    dist.all_reduce(sums)
-    for t,v in zip(self.totals.values(), sums): t.copy_(v)
-    self.seen = float(sums[-2])
-    self.finite.fill_(bool(sums[-1] == 0))
+    "Average the distiller's gradients over the processes"
+    if self.attached: self.kd.average_gradients()
 
 # %% ../nbs/09_callback.ipynb #3f05b9fc
 @patch
 def detach(self:DistillCallback):
-    "Take the student's hooks away and leave the optimiser"
+    "Take the hooks away and leave the optimiser"
     if not self.attached: return
     self.attached = False
-    self.student_capture.detach(); self.teacher_capture.detach()
+    self.kd.detach()
     self.tail.remove(self.learn.opt)
-    self.distiller.generator = None
-    if hasattr(self.distiller, 'stats'): self.distiller.stats = {}
 
 @patch
 def finish(self:DistillCallback):
     "Detach, and put back the teacher, the metrics and the Learner's own epoch"
     self.detach()
-    if self.teacher_was is not None:
-        modes, dev = self.teacher_was
-        self.teacher.to(dev)
-        for m,t in modes.items(): m.training = t
-        self.teacher_was = None
+    if self.kd is not None: self.kd.finish()
     if not self.fitting: return
     self.fitting = False
     self.learn.metrics = [m for m in self.learn.metrics if m not in self.watched]
@@ -382,7 +330,8 @@ class TeacherlessCallback(Callback):
     "What a copy of a Learner holds in place of a `DistillCallback`: copies do not carry the teacher"
     def before_fit(self):
         if not self.learn.lock.locked():
-            warn("this copy of a Learner has no teacher and trains without distillation: add a DiffKDCallback(teacher) to distil.")
+            warn("this copy of a Learner has no teacher and trains without distillation: "
+                 "add a DiffKDCallback(teacher) to distil.")
 
 @patch
 def __reduce__(self:DistillCallback): return Callback, (), {'learn': self.learn}
@@ -395,22 +344,21 @@ def __deepcopy__(self:DistillCallback, memo):
 
 # %% ../nbs/09_callback.ipynb #f0d83f8a
 @patch
-def state_dict(self:DistillCallback) -> dict: # Distiller's weights, one optimiser state per parameter, generator's state
+def state_dict(self:DistillCallback) -> dict: # Weights of the distiller, state of its optimiser and of its generator
     "All that the callback adds to a training, to be saved beside the student between epochs"
-    gen = self.noise_generator
-    return {'distiller': self.distiller.state_dict(), 'optimizer': [self.tail.parked.get(p, {}) for p in self.tail.params],
-            'kind': self.tail.kind, 'generator': None if gen is None else gen.get_state()}
+    return {**self.kd.state_dict(), **self.tail.state_dict()}
 
 @patch
 def load_state_dict(self:DistillCallback, sd:dict): # From `state_dict`
     "Put back what `state_dict` gave; the plan must be the same"
-    self.distiller.load_state_dict(sd['distiller'])
-    self.tail.parked,self.tail.kind = {p: s for p,s in zip(self.tail.params, sd['optimizer']) if s},sd['kind']
-    if sd['generator'] is None: self.noise_generator = None
-    else:
-        if self.noise_generator is None:
-            self.noise_generator = torch.Generator(getattr(self.learn.dls, 'device', None) or next(self.learn.model.parameters()).device)
-        self.noise_generator.set_state(sd['generator'])
+    self.kd.load_state_dict(sd, getattr(self.learn.dls, 'device', None) or next(self.learn.model.parameters()).device)
+    self.tail.load_state_dict(sd)
+
+def distillation(
+    learn:Learner # Any Learner
+) -> Distillation|None: # None where there is no `DistillCallback`, or nothing planned yet
+    "The distillation of a Learner"
+    return next((cb.kd for cb in learn.cbs if isinstance(cb, DistillCallback)), None)
 
 # %% ../nbs/09_callback.ipynb #ee1a2e9d
 class DiffKDCallback(DistillCallback):
@@ -430,12 +378,20 @@ class DiffKDCallback(DistillCallback):
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
-        teacher_transform:Callable|None=None, # Function of the input, applied before the teacher sees it: its own normalisation or size
+        teacher_transform:Callable|None=None, # Function of the input, applied before the teacher sees it
         cache=None, # A `TeacherCache`; the teacher runs at every step without one
         **kwargs
     ):
-        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, kd_weight=kd_weight,
-                    diffusion_weight=diffusion_weight, reconstruction_weight=reconstruction_weight, weights=weights, **kwargs)
-        DiffKDDistiller([], **{k: v for k,v in opts.items() if k not in ('distances', 'weights')})    # wrong options are told here,
-        for d in (feature_loss, logits_loss, *(distances or {}).values()): DiffKD(8, 8, distance=d, **kwargs) # not at the first batch
-        super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose, teacher_transform, cache)
+        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
+                    kd_weight=kd_weight, diffusion_weight=diffusion_weight,
+                    reconstruction_weight=reconstruction_weight, **kwargs)
+        _check_diffkd(opts, kwargs)
+        super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
+                         teacher_transform, cache)
+
+def _check_diffkd(opts, kwargs):
+    "Tell about wrong options when the callback is made, not at the first batch"
+    with same_rng():
+        DiffKDDistiller([], **{k: v for k,v in opts.items() if k not in ('distances', 'weights')})
+        names = opts['feature_loss'], opts['logits_loss'], *(opts['distances'] or {}).values()
+        for d in names: DiffKD(8, 8, distance=d, **kwargs)

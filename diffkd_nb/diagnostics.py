@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastai.basics import Callback, ValueMetric
-from .callback import DistillCallback
-from .data import InputError, csv_text, write_whole
-from .diffkd import DiffKD, DiffKDDistiller, align_maps
-from .diffusion import N_TIMES, ddim_denoise_from, gamma_to_time
-from .noise_adapter import mix
+from .rng import Draws
+from .files import InputError, write_whole
+from .diffusion import N_TIMES
+from .diffkd import DiffKD, DiffKDDistiller, trajectory
+from .callback import distillation
 
 # %% auto #0
-__all__ = ['RANGES', 'MAIN', 'linear_cka', 'distances', 'no_memory', 'trajectory', 'look', 'gradient_norms',
-           'DenoisingDiagnostics', 'Diagnosis', 'sign']
+__all__ = ['RANGES', 'MAIN', 'linear_cka', 'distances', 'no_memory', 'look', 'gradient_norms', 'DenoisingDiagnostics',
+           'Diagnosis', 'sign']
 
 # %% ../nbs/18_diagnostics.ipynb #b3b2f6b2
 def linear_cka(
@@ -61,66 +61,38 @@ def no_memory(
     finally:
         for m in layers: m.track_running_stats = True
 
-# %% ../nbs/18_diagnostics.ipynb #5c81ad7b
-def trajectory(
-    tap:DiffKD, # One tap of a distiller
-    student:Tensor, # (B, C, H, W), or (B, K) for logits
-    teacher:Tensor, # (B, D, H', W'), or (B, K)
-    generator:torch.Generator|None=None, # Source of the noise
-    noise:Tensor|None=None # Noise of the mixed start; drawn if not given
-) -> dict: # `projected`, `target`, `gamma` (B,), `steps`: features from the mixed start to the end, `out`: each of them after the output projection
-    "All features on the way from the student to the denoised student"
-    if tap.kind == 'logits': student, teacher = student.flatten(1), teacher.flatten(1)
-    else: student, teacher = align_maps(student, teacher, tap.align)
-    z = tap.project_in(student)
-    target = tap.autoencoder(teacher)[0] if tap.autoencoder is not None else teacher
-    gamma = tap.adapter(z) if tap.adapter is not None else torch.ones(len(z), device=z.device)
-    if tap.adapter is not None:
-        noise = torch.randn(z.shape, device=z.device, generator=generator) if noise is None else noise
-        x = mix(z, noise, gamma)
-    else: x = z.float()
-    steps = [x]
-    if tap.denoiser is not None: steps += _walk(tap, x, gamma)
-    return dict(projected=z, target=target, gamma=gamma, steps=steps, out=[tap.project_out(s) for s in steps])
-
-def _walk(tap, x, gamma):
-    "Features after each denoising step"
-    found = []
-    if tap.start == 'gamma':
-        first = gamma_to_time(gamma, tap.log_snr)
-        for i in range(1, tap.steps+1): found.append(ddim_denoise_from(tap.denoiser, x, first, tap.steps, tap.schedule, stop=i))
-        return found
-    for t,a,b in tap.coefficients: x = a*x + b*tap.denoiser(x, t).float(); found.append(x)
-    return found
-
 # %% ../nbs/18_diagnostics.ipynb #87649b29
 RANGES = 5 # Equal ranges of the time t, for the diffusion loss
+_QUANTILES = {'gamma_p5': .05, 'gamma_p25': .25, 'gamma_p50': .5, 'gamma_p75': .75, 'gamma_p95': .95}
 
 def look(
     tap:DiffKD, # One tap of a distiller
     student:Tensor, # Its student feature of a batch
     teacher:Tensor, # Its teacher feature
-    generator:torch.Generator # Source of the draws
+    draws:Draws # Source of the noise
 ) -> dict: # Numbers and short lists
     "What one batch says about a tap"
     with torch.no_grad(), no_memory(tap):
-        w = trajectory(tap, student, teacher, generator)
-        q = torch.quantile(w['gamma'].float(), torch.tensor([.05, .25, .5, .75, .95], device=w['gamma'].device)).tolist()
-        row = dict(gamma=float(w['gamma'].mean()), **dict(zip(('gamma_p5', 'gamma_p25', 'gamma_p50', 'gamma_p75', 'gamma_p95'), q)),
-                   gamma_histogram=torch.histc(w['gamma'].float(), 20, 0, 1).tolist())
-        for when,f in (('before', w['projected']), ('after', w['out'][-1])): row.update({f'{k}_{when}': float(v) for k,v in distances(f, w['target']).items()})
-        row['step_mse'] = [float(F.mse_loss(o.float(), w['target'].float())) for o in w['out']]
-        row['student_norm'], row['teacher_norm'] = (float(f.float().flatten(1).norm(dim=1).mean()) for f in (w['projected'], w['target']))
-        if tap.denoiser is not None: row.update(_by_time(tap, w['target'], generator))
+        w = trajectory(tap, student, teacher, draws)
+        gamma, z, target = w['gamma'].float(), w['projected'], w['target']
+        q = torch.quantile(gamma, torch.tensor(list(_QUANTILES.values()), device=gamma.device)).tolist()
+        row = dict(gamma=float(w['gamma'].mean()), **dict(zip(_QUANTILES, q)), gamma_histogram=torch.histc(gamma, 20, 0, 1).tolist())
+        for when,f in (('before', z), ('after', w['out'][-1])):
+            row.update({f'{k}_{when}': float(v) for k,v in distances(f, target).items()})
+        row['step_mse'] = [float(F.mse_loss(o.float(), target.float())) for o in w['out']]
+        norm = lambda f: float(f.float().flatten(1).norm(dim=1).mean())
+        row.update(student_norm=norm(z), teacher_norm=norm(target))
+        if tap.denoiser is not None: row.update(_by_time(tap, target, draws))
     return row
 
-def _by_time(tap, target, g):
+# %% ../nbs/18_diagnostics.ipynb #e1e57327
+def _by_time(tap, target, draws):
     "Diffusion loss and how much of it falls into each range of t"
-    t = torch.randint(0, N_TIMES, (len(target),), device=target.device, generator=g)
-    noise = torch.randn(target.shape, device=target.device, generator=g)
+    t = draws.randint(N_TIMES, len(target), device=target.device)
+    noise = draws.randn(*target.shape, device=target.device)
     each = (tap.denoiser(tap.schedule.add_noise(target, noise, t), t).float() - noise).pow(2).flatten(1).mean(1)
-    part = t*RANGES//N_TIMES
-    sums, n = (torch.zeros(RANGES, device=t.device).index_add_(0, part, v) for v in (each, torch.ones_like(each)))
+    ranges = t*RANGES//N_TIMES
+    sums, n = (torch.zeros(RANGES, device=t.device).index_add_(0, ranges, v) for v in (each, torch.ones_like(each)))
     return dict(diffusion=float(each.mean()), diffusion_sum=sums.tolist(), diffusion_n=n.tolist())
 
 # %% ../nbs/18_diagnostics.ipynb #2fa68a4e
@@ -141,54 +113,70 @@ class DenoisingDiagnostics(Callback):
     order = 6       # after the distillation, which calls it
     def __init__(self,
         every:int=25, # Steps between two looks
-        columns:bool=False, # Show the main values among the Recorder's columns, and with it in TensorBoard and Weights & Biases
+        columns:bool=False, # Show the main values among the Recorder's columns, and so in TensorBoard and Weights & Biases
         seed:int=0 # Seed of its own random numbers
     ):
         if not isinstance(every, int) or every < 1: raise ValueError(f"every must be a number of steps of 1 or more, got {every!r}.")
-        self.every,self.columns,self.seed,self.rows,self.looks,self.shown = every,columns,seed,[],[],[]
-
-    def _distillation(self):
-        cb = next((c for c in self.learn.cbs if isinstance(c, DistillCallback)), None)
-        if cb is None or not isinstance(getattr(cb.distiller, '_orig_mod', cb.distiller), DiffKDDistiller):
-            raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
-        return cb
-
-    def before_fit(self):
-        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        if not any(isinstance(c, DistillCallback) for c in self.learn.cbs): self._distillation()
-        self.values = {}
-        if self.columns and not self.shown:
-            self.shown = [ValueMetric(partial(self.values.get, n), n) for n in MAIN]
-            self.learn.metrics = self.learn.metrics + self.shown
-
-    def before_train(self):
-        if not hasattr(self, 'values') or hasattr(self.learn, 'lr_finder'): return
-        self.cb = self._distillation()
-        self.looks,self.count,self.cb.watch = [],0,self.look_at
-
-    def look_at(self, student, teacher, losses, outputs):
-        "Called by the distillation with the batch's features, losses and the tapped modules' own outputs"
-        self.count += 1
-        if (self.count - 1) % self.every: return
-        dev = next(iter(student.values())).device
-        g = torch.Generator(dev).manual_seed(self.seed + 1000*self.epoch + self.count)
-        for name,tap in zip(self.cb.distiller.names, self.cb.distiller.taps):
-            pulls = {f'pull_{k}': v for k,v in gradient_norms(losses, outputs[name]).items()}
-            self.looks.append(dict(tap=name, **look(tap, student[name].detach(), teacher[name], g), **pulls))
-
-    def after_train(self):
-        if getattr(self, 'cb', None) is None: return
-        self.cb.watch = None
-        for name in dict.fromkeys(l['tap'] for l in self.looks):
-            self.rows.append(dict(epoch=self.epoch + 1, tap=name, **_summary([l for l in self.looks if l['tap'] == name])))
-        self.values.update({k: self.rows[-len(self.cb.distiller.names)].get(k) for k in MAIN} if self.looks else {})
-
-    def after_fit(self):
-        if self.learn.lock.locked() or not self.shown: return
-        self.learn.metrics = [m for m in self.learn.metrics if m not in self.shown]; self.shown = []
+        self.every,self.columns,self.seed = every,columns,seed
+        self.rows,self.looks,self.shown = [],[],[]
+        self.values,self.kd,self.count = None,None,0
+        self.stop_watching = lambda: None
 
     def state_dict(self): return dict(rows=json.dumps(self.rows))
     def load_state_dict(self, sd): self.rows = json.loads(sd['rows'])
+
+# %% ../nbs/18_diagnostics.ipynb #5577bcee
+@patch
+def _find(self:DenoisingDiagnostics):
+    kd = distillation(self.learn)
+    if kd is None or not isinstance(unwrap(kd.distiller), DiffKDDistiller):
+        raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
+    return kd
+
+@patch
+def before_fit(self:DenoisingDiagnostics):
+    if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
+    self._find()
+    self.values = {}
+    if self.columns and not self.shown:
+        self.shown = [ValueMetric(partial(self.values.get, n), n) for n in MAIN]
+        self.learn.metrics = self.learn.metrics + self.shown
+
+@patch
+def before_train(self:DenoisingDiagnostics):
+    if self.values is None or hasattr(self.learn, 'lr_finder'): return
+    self.stop_watching()        # of an epoch that an error ended
+    self.kd, self.looks, self.count = self._find(), [], 0
+    self.stop_watching = self.kd.observe(self.look_at)
+
+@patch
+def after_train(self:DenoisingDiagnostics):
+    if self.kd is None: return
+    self.stop_watching()
+    for name in dict.fromkeys(l['tap'] for l in self.looks):
+        self.rows.append(dict(epoch=self.epoch + 1, tap=name, **_summary([l for l in self.looks if l['tap'] == name])))
+    if self.looks: self.values.update({k: self.rows[-len(self.kd.plan)].get(k) for k in MAIN})
+
+@patch
+def after_fit(self:DenoisingDiagnostics):
+    if self.learn.lock.locked() or not self.shown: return
+    self.learn.metrics = [m for m in self.learn.metrics if m not in self.shown]
+    self.shown = []
+
+# %% ../nbs/18_diagnostics.ipynb #0c84d0f0
+@patch
+def look_at(self:DenoisingDiagnostics,
+    step, # The distillation's `Step`
+    task # The task's own loss
+):
+    "Look at a batch, if it is the turn of one"
+    self.count += 1
+    if (self.count - 1) % self.every: return
+    g = torch.Generator(task.device).manual_seed(self.seed + 1000*self.epoch + self.count)
+    for name,tap in zip(self.kd.distiller.names, self.kd.distiller.taps):
+        pulls = {f'pull_{k}': v for k,v in gradient_norms({'task': task, **step.losses}, step.outputs[name]).items()}
+        row = look(tap, step.student[name].detach(), step.teacher[name], Draws(g))
+        self.looks.append(dict(tap=name, **row, **pulls))
 
 # %% ../nbs/18_diagnostics.ipynb #352ee225
 MAIN = ('gamma_p50', 'mse_before', 'mse_after', 'cka_before', 'cka_after', 'pull_task', 'pull_kd') # Values of the first tap that become columns

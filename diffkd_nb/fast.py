@@ -6,6 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/fast.html.md"""
 
 # %% ../nbs/21_fast.ipynb #b172b473
 from __future__ import annotations
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from warnings import warn
@@ -17,7 +18,7 @@ from fastai.basics import AvgSmoothLoss, CancelEpochException, CancelFitExceptio
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientClip
-from .callback import DistillCallback
+from .callback import DistillCallback, distillation
 
 # %% auto #0
 __all__ = ['CudaRecording', 'CannotRecord', 'Tape', 'TapeRecording', 'why_plain', 'CudaGraphStep']
@@ -105,8 +106,8 @@ def why_plain(
         inside = [e for e in _INSIDE if hasattr(type(cb), e)]
         if isinstance(cb, DistillCallback):
             if cb.cache is not None: return 'a teacher cache reads memory of the host'
-            if cb.watch is not None or any(type(c).__name__ == 'DenoisingDiagnostics' for c in learn.cbs): return 'diagnostics look into steps'
-            if 'index' in getattr(cb.distiller, 'needs', ()): return f'{type(cb.distiller).__name__} must know which samples are in a batch'
+            if cb.kd.observers or any(type(c).__name__ == 'DenoisingDiagnostics' for c in learn.cbs): return 'diagnostics look into steps'
+            if 'index' in cb.distiller.needs: return f'{type(cb.distiller).__name__} must know which samples are in a batch'
         elif isinstance(cb, MixedPrecision):
             if cb.amp_mode != AMPMode.BF16: return 'fp16 decides about each step from the size of the gradients: use bf16'
         elif isinstance(cb, MixHandler): return f'{cb.name} mixes each batch in another way'
@@ -147,13 +148,15 @@ class CudaGraphStep(Callback):
     ):
         if not isinstance(warmup, int) or warmup < 1:
             raise ValueError(f"warmup must be a whole number >= 1 (the optimiser's state has to exist), got {warmup!r}.")
-        self.warmup,self.recording,self.verbose,self.reason,self.smooth,self.recorded = warmup,recording,verbose,None,None,0
-        self.active = False
+        self.warmup,self.recording,self.verbose = warmup,recording,verbose
+        self.reason,self.smooth,self.recorded = None,None,0
+        self.active,self.deferred = False,ExitStack()
         self.forget()
 
     def forget(self):
         "Drop the recording; the next steps are plain, then it is made anew"
-        self.tape,self.key,self.memory,self.static,self.rates,self.count = None,None,None,None,None,0
+        self.tape = self.key = self.memory = self.static = self.rates = None
+        self.count = 0
 
 # %% ../nbs/21_fast.ipynb #aaed5460
 class _Step:
@@ -193,7 +196,7 @@ def before_train(self:CudaGraphStep):
     if not self.active: return
     rec = vars(self.learn.recorder)
     if self.smooth is None: self.smooth = rec['smooth_loss']; rec['smooth_loss'] = _SmoothLoss(self.smooth.beta)
-    for cb in self._distillers(): cb.captured = True
+    self._defer_checks()
     if self.tape is not None and self.memory != self._memory(): self.forget()
 
 # %% ../nbs/21_fast.ipynb #39173943
@@ -219,7 +222,7 @@ def finish(self:CudaGraphStep):
         rec['smooth_loss'],self.smooth = self.smooth,None
         for s in self.learn.opt.opt.state.values():
             if 'step' in s and not self.learn.opt.opt.param_groups[0].get('capturable'): s['step'] = s['step'].cpu()
-    for cb in self._distillers(): cb.captured = False
+    self.deferred.close()
 
 @patch
 def after_fit(self:CudaGraphStep):
@@ -235,19 +238,29 @@ def __deepcopy__(self:CudaGraphStep, memo):
 
 # %% ../nbs/21_fast.ipynb #579a9892
 @patch
-def _distillers(self:CudaGraphStep): return [cb for cb in self.learn.cbs if isinstance(cb, DistillCallback)] if self.learn is not None else []
+def _kd(self:CudaGraphStep):
+    "The distillations of the Learner: one or none"
+    kd = None if self.learn is None else distillation(self.learn)
+    return [] if kd is None else [kd]
+
+@patch
+def _defer_checks(self:CudaGraphStep):
+    "The distillation reads no value on the host until `finish`"
+    self.deferred.close()
+    for kd in self._kd(): self.deferred.enter_context(kd.recording())
 
 @patch
 def _memory(self:CudaGraphStep):
     "Where everything lies that a step works on"
     opt = self.learn.opt.opt
-    owned = [p for g in opt.param_groups for p in g['params']] + [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
-    modules = [self.learn.model, *(m for cb in self._distillers() for m in (cb.teacher, cb.distiller))]
+    owned = [p for g in opt.param_groups for p in g['params']]
+    owned += [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
+    modules = [self.learn.model, *(m for kd in self._kd() for m in (kd.teacher, kd.distiller))]
     owned += [t for m in modules for t in (*m.parameters(), *m.buffers())]
     flags = [p.requires_grad for m in modules for p in m.parameters()]
     hypers = [{k: v for k,v in g.items() if k not in ('params', 'lr')} for g in opt.param_groups]
-    return [t.data_ptr() for t in owned], flags, hypers, [(id(cb.noise_generator), cb.task_weight)
-                                                          for cb in self._distillers()], id(self.learn.loss_func)
+    weights = [cb.task_weight for cb in self.learn.cbs if isinstance(cb, DistillCallback)]
+    return [t.data_ptr() for t in owned], flags, hypers, weights, [id(kd.generator) for kd in self._kd()], id(self.learn.loss_func)
 
 # %% ../nbs/21_fast.ipynb #bcc33986
 @patch
@@ -277,16 +290,17 @@ def _aside(self:CudaGraphStep, plain):
 @patch
 def _record(self:CudaGraphStep, learn, plain, key):
     "Record a step without counting it; False where that fails, and then all is as before"
-    seen = [cb.seen for cb in self._distillers()]
+    seen, batch = [kd.tally.n for kd in self._kd()], (learn.xb, learn.yb)
     copy = lambda b: tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in b)
-    xb, yb, learn.xb, learn.yb = learn.xb, learn.yb, copy(learn.xb), copy(learn.yb)
-    tape = self.kind([cb.noise_generator for cb in self._distillers()])
+    learn.xb, learn.yb = map(copy, batch)
+    tape = self.kind([kd.generator for kd in self._kd()])
     try:
         with _TensorRates(learn.opt.opt, self.rates): tape.record(plain)
     except Exception as e:
-        learn.xb, learn.yb = xb, yb
+        learn.xb, learn.yb = batch
         return self._give_up(learn, e, seen)
-    self.tape,self.key,self.static,self.recorded = tape,key,(learn.xb, learn.yb, learn.pred, learn.loss_grad, learn.loss),self.recorded+1
+    self.tape,self.key,self.recorded = tape,key,self.recorded+1
+    self.static = learn.xb, learn.yb, learn.pred, learn.loss_grad, learn.loss
     self.memory = self._memory()
     return True
 
@@ -297,11 +311,8 @@ def _give_up(self:CudaGraphStep, learn, error, seen):
     warn(f'CudaGraphStep: this step cannot be recorded, training goes on with plain steps: {self.reason}')
     if self.kind is CudaRecording: torch.cuda.synchronize()
     for p in (p for g in learn.opt.opt.param_groups for p in g['params']): p.grad = None
-    for cb,n in zip(self._distillers(), seen):
-        cb.seen,cb.captured = n,False
-        cb.teacher_capture.detach()
-        cb.student_capture.detach()
-        cb.student_capture.attach()
+    self.deferred.close()
+    for kd,n in zip(self._kd(), seen): kd.try_again(n)
     for cb in learn.cbs:
         if isinstance(cb, MixedPrecision) and not torch.is_autocast_enabled('cuda'): cb.before_batch()
     return False
@@ -316,6 +327,6 @@ def _replay(self:CudaGraphStep, learn):
     for r,g in zip(self.rates, learn.opt.opt.param_groups): r.fill_(float(g['lr']))
     self.tape.replay()
     learn.pred,learn.loss_grad,learn.loss = outputs
-    for cb in self._distillers(): cb.seen += len(ys[0]); cb.student_capture.detach()
+    for kd in self._kd(): kd.replayed(len(ys[0]))
     for cb in learn.cbs:
         if isinstance(cb, MixedPrecision): cb.after_loss()       # leaves the autocast that before_batch entered

@@ -28,13 +28,13 @@ def _rows(x):
     "Scores as (samples, classes): positions of a class map are samples"
     return x.float() if x.dim() == 2 else x.float().flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
 
-# %% ../nbs/04_losses.ipynb #5be5a2ec
+# %% ../nbs/04_losses.ipynb #ea5996f0
 def kl_loss(
     student:Tensor, # Logits (B, K) or class maps (B, K, H, W)
     teacher:Tensor, # The same shape
     temperature:float=1. # tau
 ) -> Tensor: # Scalar, float32
-    "tau^2 KL(teacher || student), mean over samples (Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015)"
+    "tau^2 KL(teacher || student), mean over samples (Hinton et al., 2015)"
     s, t = (F.log_softmax(_rows(x)/temperature, 1) for x in (student, teacher))
     return F.kl_div(s, t, reduction='batchmean', log_target=True)*temperature**2
 
@@ -55,12 +55,12 @@ def dist_loss(
     s, t = (F.softmax(_rows(x)/temperature, 1) for x in (student, teacher))
     return temperature**2*(inter*(1 - _pearson(s, t).mean()) + intra*(1 - _pearson(s.T, t.T).mean()))
 
-# %% ../nbs/04_losses.ipynb #575ae3b8
+# %% ../nbs/04_losses.ipynb #494a60c3
 def attention(
     x:Tensor, # Feature map (B, C, H, W)
     temperature:float=.5 # Softmax temperature
 ) -> Tensor: # (B, 1, H, W), mean 1 over the positions of each sample
-    "Spatial attention H W softmax(mean over channels of |x| / temperature) (as the paper's eq. 10, with absolute values)"
+    "Spatial attention H W softmax(mean over channels of |x| / temperature) (paper, eq. 10, with absolute values)"
     a = x.float().abs().mean(1, keepdim=True)
     return F.softmax(a.flatten(1)/temperature, 1).view_as(a)*a[0].numel()
 
@@ -73,16 +73,20 @@ def attention_mse_loss(
     "Squared error weighted by the teacher's spatial attention (Yang et al., FGD, CVPR 2022)"
     return (attention(teacher, temperature)*(student.float() - teacher.float())**2).mean()
 
-# %% ../nbs/04_losses.ipynb #67faecbc
-DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'attention_mse': attention_mse_loss} # Distances by name
+# %% ../nbs/04_losses.ipynb #3073d826
+# Distances by name
+DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'attention_mse': attention_mse_loss}
 
-# %% ../nbs/04_losses.ipynb #2809bb7e
+# %% ../nbs/04_losses.ipynb #e92929b2
 def get_distance(
     name:str|Callable, # A key of `DISTANCES`, or any `f(student, teacher)` that gives a scalar
     temperature:float=1. # Temperature of `'kl'` and `'dist'`; must be positive
 ) -> Callable: # f(student, teacher) -> scalar
     "A distance by name; `ValueError` for an unknown one"
-    if not (isinstance(temperature, (int, float)) and temperature > 0): raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    if not (isinstance(temperature, (int, float)) and temperature > 0):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
     if callable(name): return name
-    if name not in DISTANCES: raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} or a function of (student, teacher).")
+    if name not in DISTANCES:
+        raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} "
+                         "or a function of (student, teacher).")
     return partial(DISTANCES[name], temperature=temperature) if name in ('kl', 'dist') else DISTANCES[name]

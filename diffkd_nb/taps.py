@@ -338,6 +338,12 @@ class Capture:
         self.handles = []
         self.out.clear()
 
+    def take(self) -> tuple[dict,dict]: # Tap name to the module's own output, tap name to (B, C, H, W)
+        "What was captured, also as maps, and forget it"
+        out, maps = dict(self.out), self.maps()
+        self.out.clear()
+        return out, maps
+
     def maps(self) -> dict: # Tap name to (B, C, H, W)
         "What was captured, as maps; `RuntimeError` where a tapped module did not run"
         for n in self.layouts:

@@ -6,32 +6,40 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/teacher_cache.html.md"""
 
 # %% ../nbs/20_teacher_cache.ipynb #6547019b
 from __future__ import annotations
-import fcntl, json, os, struct, zlib
+import inspect, io, json, pickle, struct, zlib
+from hashlib import sha256
 from pathlib import Path
-from warnings import warn
+from types import FunctionType
 import numpy as np
 import torch
-from torch import nn, Tensor
-from fastai.callback.mixup import MixHandler
-from .data import ArrayDL, InputError, write_whole
-from .models import state_hash
+from torch import Tensor
+from fastcore.basics import patch
+from filelock import FileLock
+from .files import InputError, write_whole
+from .loaders import ArrayDL
+from .weights import state_hash
 from .taps import unwrap
 
 # %% auto #0
-__all__ = ['Store', 'TeacherCache']
+__all__ = ['Store', 'content_key', 'TeacherCache']
 
 # %% ../nbs/20_teacher_cache.ipynb #1b44d1fa
+class _Counter:
+    "A whole number in a file, changed under a lock that processes share"
+    def __init__(self, path): self.file,self.lock = Path(path),FileLock(f'{path}.lock')
+    def add(self, change): # Function of the number that gives how much to add; what was added, and the number before
+        with self.lock:
+            raw = self.file.read_bytes() if self.file.is_file() else b''
+            was = struct.unpack('<q', raw)[0] if len(raw) == 8 else 0
+            self.file.write_bytes(struct.pack('<q', was + (n := change(was))))
+        return n, was
+
 class _Budget:
-    "Bytes that all stores of a folder may take, counted under a lock that processes share"
-    def __init__(self, folder, max_bytes): self.file,self.max_bytes = Path(folder)/'used',int(max_bytes)
+    "Bytes that all stores of a folder may take"
+    def __init__(self, folder, max_bytes): self.used,self.max_bytes = _Counter(Path(folder)/'used'),int(max_bytes)
     def take(self, n:int, size:int) -> int: # How many records of `size` bytes there is room for, at most `n`
-        with open(self.file, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            f.seek(0); raw = f.read(8)
-            used = struct.unpack('<q', raw)[0] if len(raw) == 8 else 0
-            n = max(0, min(n, (self.max_bytes - used)//size))
-            f.truncate(0); f.write(struct.pack('<q', used + n*size))
-        return n
+        room = lambda used: max(0, min(n, (self.max_bytes - used)//size))*size
+        return self.used.add(room)[0]//size
 
 # %% ../nbs/20_teacher_cache.ipynb #ed5e6c76
 class Store:
@@ -44,46 +52,69 @@ class Store:
     ):
         self.shape,self.dtype,self.n_views,self.budget = tuple(shape),dtype,n_views,budget
         self.size = int(np.prod(shape))*torch.empty((), dtype=dtype).element_size()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        index, self.lock = Path(folder)/'index', Path(folder)/'slots'
-        with open(self.lock, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            if not index.is_file() or index.stat().st_size != 8*n_images*n_views:
-                with open(index, 'wb') as g: g.truncate(8*n_images*n_views)     # zeros, and holes where the file system can
+        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+        self.slots, index, n_bytes = _Counter(folder/'slots'), folder/'index', 8*n_images*n_views
+        with self.slots.lock:
+            if not index.is_file() or index.stat().st_size != n_bytes:
+                with open(index, 'wb') as f: f.truncate(n_bytes)     # zeros, and holes where the file system can
+            (folder/'records').touch()
         self.index = np.memmap(index, np.uint32, 'r+', shape=(n_images*n_views, 2))
-        self.file = os.open(Path(folder)/'records', os.O_RDWR | os.O_CREAT, 0o644)
+        self.file = open(folder/'records', 'r+b', buffering=0)
 
     def __del__(self):
-        if getattr(self, 'file', None) is not None: os.close(self.file)
+        if getattr(self, 'file', None) is not None: self.file.close()
 
-    def get(self,
-        where:Tensor # (B,) int64, image*n_views + view
-    ) -> tuple[Tensor,Tensor]: # Records (B, *shape), zeros where missing; which are present (B,)
-        "Look up records"
-        out, have = np.zeros((len(where), self.size), np.uint8), torch.zeros(len(where), dtype=torch.bool)
-        for i,(slot,crc) in enumerate(self.index[where.numpy()]):
-            if not slot: continue
-            raw = os.pread(self.file, self.size, (int(slot)-1)*self.size)
-            if len(raw) == self.size and zlib.crc32(raw) == crc: out[i] = np.frombuffer(raw, np.uint8); have[i] = True
-        return torch.from_numpy(out).view(self.dtype).view(len(where), *self.shape), have
+    def _read(self, slot): self.file.seek(slot*self.size); return self.file.read(self.size)
+    def _write(self, slot, row): self.file.seek(slot*self.size); self.file.write(row)
 
-    def put(self,
-        where:Tensor, # (B,) int64
-        records:Tensor # (B, *shape)
-    ):
-        "Add records while there is room; a full disk or budget is no error"
-        raw = records.detach().to('cpu', self.dtype).contiguous().view(torch.uint8).view(len(where), -1).numpy()
-        n = self.budget.take(len(where), self.size)
-        if not n: return
-        with open(self.lock, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            f.seek(0); b = f.read(8)
-            first = struct.unpack('<q', b)[0] if len(b) == 8 else 0
-            f.truncate(0); f.write(struct.pack('<q', first + n))
-        for i in range(n):
-            row = raw[i].tobytes()
-            os.pwrite(self.file, row, (first+i)*self.size)
-            self.index[int(where[i])] = first+i+1, zlib.crc32(row)
+# %% ../nbs/20_teacher_cache.ipynb #5b246be9
+@patch
+def get(self:Store,
+    where:Tensor # (B,) int64, image*n_views + view
+) -> tuple[Tensor,Tensor]: # Records (B, *shape), zeros where missing; which are present (B,)
+    "Look up records"
+    out, have = np.zeros((len(where), self.size), np.uint8), torch.zeros(len(where), dtype=torch.bool)
+    for i,(slot,crc) in enumerate(self.index[where.numpy()]):
+        if not slot: continue
+        raw = self._read(int(slot) - 1)
+        if len(raw) == self.size and zlib.crc32(raw) == crc: out[i] = np.frombuffer(raw, np.uint8); have[i] = True
+    return torch.from_numpy(out).view(self.dtype).view(len(where), *self.shape), have
+
+@patch
+def put(self:Store,
+    where:Tensor, # (B,) int64
+    records:Tensor # (B, *shape)
+):
+    "Add records while there is room; a full disk or budget is no error"
+    rows = records.detach().to('cpu', self.dtype).contiguous().view(torch.uint8).view(len(where), -1).numpy()
+    n = self.budget.take(len(where), self.size)
+    if not n: return
+    _, first = self.slots.add(lambda was: n)
+    for i in range(n):
+        row = rows[i].tobytes()
+        self._write(first + i, row)
+        self.index[int(where[i])] = first + i + 1, zlib.crc32(row)
+
+# %% ../nbs/20_teacher_cache.ipynb #47602507
+class _Content(pickle.Pickler):
+    "Pickles values and objects, but no functions, which pickle knows by name alone"
+    def reducer_override(self, obj):
+        if isinstance(obj, FunctionType): raise pickle.PicklingError(f'a function, {obj.__qualname__}')
+        return NotImplemented
+
+def content_key(
+    transform # A mapping of the teacher's input, or None
+) -> list|None: # Plain values that are equal only for equal content
+    "Class, source and content of an object; `InputError` for a function or what holds one"
+    if transform is None: return None
+    f, cls = io.BytesIO(), type(transform)
+    try: _Content(f).dump(transform)
+    except Exception as e:
+        raise InputError(f"the teacher's cache cannot name what teacher_transform={transform!r} computes ({e}): use "
+                         "an object that holds its numbers as attributes, such as Renormalise, or leave the cache out.") from None
+    try: source = inspect.getsource(cls)
+    except (OSError, TypeError): source = ''
+    return [f'{cls.__module__}.{cls.__qualname__}', *(sha256(b).hexdigest() for b in (source.encode(), f.getvalue()))]
 
 # %% ../nbs/20_teacher_cache.ipynb #1c65efbf
 class TeacherCache:
@@ -94,79 +125,96 @@ class TeacherCache:
         min_batch:int=16 # A teacher's batch is filled up to this, so that small ones do not take another algorithm
     ):
         self.folder,self.max_bytes,self.min_batch = Path(folder),int(max_bytes),min_batch
-        self.stores,self.key,self.hits,self.misses = {},None,0,0
+        self.stores,self.key,self.checked = {},None,False
+        self.hits = self.misses = 0
 
-    def open(self, cb): # The `DistillCallback`, at the start of an epoch's training
-        "Check that the loader's views can be counted and open the stores"
-        dl = cb.learn.dls.train
-        if not isinstance(dl, ArrayDL):
-            raise InputError(f"the teacher's cache needs a loader that numbers its views (diffkd_nb.data.array_dls), got {type(dl).__name__}: leave the cache out.")
-        mixed = [type(c).__name__ for c in cb.learn.cbs if isinstance(c, MixHandler)]
-        if mixed: raise InputError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: leave out the cache or {mixed[0]}.")
+    def open(self,
+        loader:ArrayDL, # The training loader; it numbers its images and views
+        kd # The `Distillation` that asks
+    ):
+        "Begin an epoch: name what the records depend on; `InputError` for a loader whose views cannot be counted"
+        if not isinstance(loader, ArrayDL):
+            raise InputError("the teacher's cache needs a loader that numbers its views (diffkd_nb.data.array_dls), "
+                             f"got {type(loader).__name__}: leave the cache out.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        views = dl.views
-        self.n_views = len(views) if views is not None else 1
-        t = cb.teacher_transform
-        what = dict(teacher=state_hash(unwrap(cb.teacher)), kind=type(unwrap(cb.teacher)).__qualname__, images=_bytes_hash(dl.dataset.x), stats=dl.stats, views=str(views),
-                    transform=None if t is None else [type(t).__name__, repr(getattr(t, '__dict__', t))])
-        if what != self.key: self.key,self.stores = what,{}
+        self.loader,self.places = loader,{t.name: t.teacher for t in kd.plan}
+        self.n_views = 1 if loader.views is None else len(loader.views)
+        key = self._key(kd)
+        if key != self.key: self.key,self.stores,self.checked = key,{},False
 
-# %% ../nbs/20_teacher_cache.ipynb #b44e8db3
-from fastcore.basics import patch
-from hashlib import sha256
-
-_hashes = {}
-def _bytes_hash(x):
-    "SHA-256 of a tensor's bytes; remembered while the tensor lives at the same place"
-    k = (x.data_ptr(), tuple(x.shape), x._version)
-    if k not in _hashes:
-        _hashes.clear()
-        _hashes[k] = sha256(x.contiguous().cpu().numpy()).hexdigest()
-    return _hashes[k]
+# %% ../nbs/20_teacher_cache.ipynb #7014de87
+@patch
+def _key(self:TeacherCache, kd):
+    "All that the records of this epoch depend on, as plain values"
+    teacher, dl = unwrap(kd.teacher), self.loader
+    cls, images = type(teacher), dl.dataset.x
+    return dict(teacher=state_hash(teacher), kind=f'{cls.__module__}.{cls.__qualname__}', modules=repr(teacher),
+                images=[list(images.shape), sha256(images.contiguous().cpu().numpy()).hexdigest()], stats=dl.stats,
+                views=str(dl.views), transform=content_key(kd.teacher_transform))
 
 @patch
-def _store(self:TeacherCache, cb, name, like=None):
+def _store(self:TeacherCache, name, device, like=None):
     "The store of one tap; None before the first record, whose shape and type `like` tells"
-    place, dev = cb.teacher_capture_places[name], cb.xb[0].device.type
-    half = str(torch.get_autocast_dtype(dev)) if torch.is_autocast_enabled(dev) else ''
-    folder = self.folder/f"{place.name or 'output'}-{sha256(json.dumps([self.key, place.name, place.layout, half], sort_keys=True).encode()).hexdigest()[:24]}"
+    place = self.places[name]
+    half = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ''
+    text = json.dumps([self.key, place.name, place.layout, half], sort_keys=True)
+    folder = self.folder/f"{place.name or 'output'}-{sha256(text.encode()).hexdigest()[:24]}"
     if folder in self.stores: return self.stores[folder]
     meta = folder/'record.json'
     if not meta.is_file():
         if like is None: return None
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(meta, json.dumps(dict(shape=like.shape[1:], dtype=str(like.dtype).split('.')[-1])))
     m = json.loads(meta.read_text())
-    self.stores[folder] = Store(folder, len(cb.learn.dls.train.dataset), self.n_views, m['shape'], getattr(torch, m['dtype']),
+    self.stores[folder] = Store(folder, len(self.loader.dataset), self.n_views, m['shape'], getattr(torch, m['dtype']),
                                 _Budget(self.folder, self.max_bytes))
     return self.stores[folder]
 
 # %% ../nbs/20_teacher_cache.ipynb #86e58f83
 @patch
-def maps(self:TeacherCache, cb) -> dict: # Tap name to (B, C, H, W)
-    "The teacher's taps of the current batch: from the files, and by the teacher where they lack something"
-    dl, x = cb.learn.dls.train, cb.xb[0]
+def maps(self:TeacherCache,
+    xb:tuple, # The student's input; the first is the batch of images
+    run # Function of inputs that gives the teacher's maps
+) -> dict: # Tap name to (B, C, H, W)
+    "The teacher's maps of the current batch: from the files, and by the teacher where they lack something"
+    dl, x = self.loader, xb[0]
     if len(dl.batch_index) != len(x):
-        raise InputError("the batch was changed after the loader: the teacher's cache does not know which pictures these are.")
+        raise InputError("the batch was changed after the loader: the teacher's cache does not know "
+                         "which pictures these are.")
     where = dl.batch_index*self.n_views + (0 if dl.batch_view is None else dl.batch_view)
     out, have = {}, torch.ones(len(x), dtype=torch.bool)
-    for t in cb.plan:
-        store = self._store(cb, t.name)
+    for name in self.places:
+        store = self._store(name, x.device.type)
         if store is None: have[:] = False; continue
         records, present = store.get(where)
-        out[t.name], have = records.to(x.device), have & present
+        out[name], have = records.to(x.device), have & present
     self.hits += int(have.sum()); self.misses += int((~have).sum())
-    return out if have.all() else self._fill(cb, where, have, out)
+    if have.any() and not self.checked: self._check(xb, run, have, out)
+    return out if have.all() else self._fill(xb, run, where, have, out)
+
+def _rows(xb, rows, n): return [x[rows.to(x.device)] if isinstance(x, Tensor) and len(x) == n else x for x in xb]
 
 @patch
-def _fill(self:TeacherCache, cb, where, have, out):
+def _fill(self:TeacherCache, xb, run, where, have, out):
     "Run the teacher on what is missing, keep it, and put it in its place"
     missing = (~have).nonzero()[:, 0]
-    run = torch.cat([missing, have.nonzero()[:max(0, min(self.min_batch, len(have)) - len(missing)), 0]])
-    got = cb.run_teacher(*[x[run.to(x.device)] if isinstance(x, Tensor) and len(x) == len(have) else x for x in cb.xb])
+    more = max(0, min(self.min_batch, len(have)) - len(missing))
+    got = run(*_rows(xb, torch.cat([missing, have.nonzero()[:more, 0]]), len(have)))
     for n,m in got.items():
         new = m[:len(missing)]
-        if torch.isfinite(new).all(): self._store(cb, n, m).put(where[missing], new)
+        if torch.isfinite(new).all(): self._store(n, m.device.type, m).put(where[missing], new)
         if n not in out: out[n] = m.new_empty((len(have), *m.shape[1:]))
         out[n][missing.to(m.device)] = new
     return out
+
+# %% ../nbs/20_teacher_cache.ipynb #184b710c
+@patch
+def _check(self:TeacherCache, xb, run, have, out):
+    "Ask the teacher about the first records that are found, and compare"
+    rows = torch.cat([have.nonzero()[:, 0], (~have).nonzero()[:, 0]])[:self.min_batch]
+    n = min(int(have.sum()), len(rows))
+    for name,m in run(*_rows(xb, rows, len(have))).items():
+        was, now = out[name][rows[:n].to(m.device)].float(), m[:n].float()
+        if was.shape != now.shape or (was - now).abs().max() > 2e-2*now.abs().max():
+            raise InputError(f"the records in {self.folder} are not what the teacher says about these pictures: "
+                             "they were made by other code. Delete the folder, or name another.")
+    self.checked = True

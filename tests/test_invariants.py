@@ -227,7 +227,7 @@ def test_ema_copies_no_teacher():
     with quiet(learn): learn.fit(1, 1e-3, cbs=(e := Ema()))
     for m in (e.avg.module, e.late): assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in student.parameters())
     x = torch.randn(2, 3, 32, 32)
-    assert e.late.eval()(x).shape == (2, K) and not cb.student_capture.out
+    assert e.late.eval()(x).shape == (2, K) and not cb.kd._student_capture.out
 
 
 def test_a_deep_copy_has_no_teacher_and_says_so():

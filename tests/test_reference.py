@@ -2,7 +2,7 @@
 import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
-from diffkd_nb.diffkd import from_released, released_name
+from diffkd_nb.released import from_released, released_name
 
 FOLDER = Path(os.environ.get('DIFFKD_REFERENCE') or Path(__file__).parent/'reference')
 FILES = sorted(FOLDER.glob('*.npz'))
