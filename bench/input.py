@@ -20,9 +20,10 @@ from torchvision import datasets
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 from fastai.basics import DataLoader, set_seed
-from diffkd_nb import data as ours
-from diffkd_nb.data import STATS, ImageFolder, folder_dls, write_whole
+from diffkd_nb.data import STATS, ImageFolder, folder_dls
 from diffkd_nb.experiment import code_version, environment
+from diffkd_nb.files import write_whole
+from diffkd_nb.rng import seeded
 
 MEAN, STD = STATS['imagenet']
 FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -176,14 +177,14 @@ def parts(samples, a, missing):
     def collate(xs):
         shared = xs[0].untyped_storage()._new_shared(len(xs)*xs[0].nbytes)
         torch.stack(xs, out=xs[0].new_empty(0).set_(shared, 0, (len(xs), *xs[0].shape)))
-    def seeded(i):
-        with ours._seeded(i): pass
+    def reseed(i):
+        with seeded(i): pass
     each = lambda f, v: lambda: [f(x) for x in v]
     steps = {'read the file': each(lambda f: Path(f).read_bytes(), files), 'decode: Pillow': each(pillow, files),
              'decode: torchvision.io': each(torchvision_io, files),
              **{f'decode: {n}': each(f, files) for n,f in (('simplejpeg', simplejpeg), ('OpenCV', opencv), ('PyTurboJPEG', pyturbojpeg)) if n not in missing},
              'crop and resize: Pillow image': each(rrc, ims), 'crop and resize: tensor': each(rrc, xs), 'flip: tensor': each(lambda x: x.flip(-1), byte),
-             'seed and restore': each(seeded, range(a.batch)), 'Pillow image to tensor': each(v2.functional.pil_to_tensor, small),
+             'seed and restore': each(reseed, range(a.batch)), 'Pillow image to tensor': each(v2.functional.pil_to_tensor, small),
              'normalise one image': each(to, byte), 'normalise a batch': lambda: batch.float().mul_(1/255).sub_(m).div_(s),
              'collate: float32': lambda: collate(floats), 'collate: bytes': lambda: collate(byte)}
     times = {k: [] for k in steps}

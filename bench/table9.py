@@ -22,7 +22,8 @@ from fastprogress.fastprogress import progress_bar
 from safetensors.torch import load_file, save
 from diffkd_nb.data import InputError, open_data, write_whole
 from diffkd_nb.experiment import EXECUTORS, Comparison, compare, evaluate, grid_cells, parse_method
-from diffkd_nb.models import load_weights, make_model, state_hash
+from diffkd_nb.models import make_model
+from diffkd_nb.weights import load_weights, state_hash
 from diffkd_nb.recipes import get_recipe
 
 PAIRS = [('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 'resnet8x4'), ('resnet32x4', 'shufflenetv2'), ('resnet32x4', 'shufflenetv1'),

@@ -1,5 +1,7 @@
 "Everything a notebook user needs: `from diffkd_nb.all import *`"
 from .taps import *
+from .rng import *
+from .files import *
 from .noise_adapter import *
 from .autoencoder import *
 from .shared_linear import *
@@ -13,12 +15,15 @@ from .logit_methods import *
 from .feature_methods import *
 from .relations import *
 from .head import *
-from .callback import *
 from .methods import *
+from .distillation import *
+from .callback import *
 from .data import *
 from .models import *
+from .weights import *
 from .recipes import *
+from .published import *
+from .plots import *
 from .teacher_cache import *
 from .fast import *
 from .experiment import *
-from .plots import *

@@ -27,7 +27,8 @@ from .commands import at_least
 from .data import ImageArrays, InputError, cifar_data, csv_text, digits_data, folder_arrays, write_whole
 from .experiment import code_version, environment, paired_test
 from .methods import KD
-from .models import load_weights, make_model as model_by_name
+from .models import make_model as model_by_name
+from .weights import load_weights
 from .taps import plan_taps
 from .plots import denoised_maps, plot_maps, plot_training
 

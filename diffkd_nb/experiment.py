@@ -29,8 +29,10 @@ from .diagnostics import DenoisingDiagnostics, Diagnosis
 from .diffkd import DiffKD
 from .fast import CudaGraphStep
 from .methods import get_method
-from .models import load_weights, make_model, n_parameters, state_hash, teacher_source, trained_model
-from .recipes import Recipe, get_recipe, published
+from .models import make_model, n_parameters
+from .published import published
+from .recipes import Recipe, get_recipe
+from .weights import load_weights, state_hash, teacher_source, trained_model
 from .taps import plan_taps, unwrap
 from .teacher_cache import TeacherCache
 

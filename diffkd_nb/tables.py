@@ -12,7 +12,7 @@ from time import monotonic
 import pandas as pd
 from .data import InputError, open_data
 from .experiment import Comparison, compare, parse_method
-from .models import teacher_source
+from .weights import teacher_source
 from .recipes import Recipe, get_recipe
 
 # %% auto #0

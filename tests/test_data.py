@@ -5,11 +5,15 @@ import numpy as np, pytest, torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torchvision.transforms import v2
-from diffkd_nb import data
+from diffkd_nb import data, transforms
 from diffkd_nb.data import InputError, STATS, cifar_data, data_hash, make_dls, open_data
 from diffkd_nb.experiment import evaluate, run, verify
-from diffkd_nb.models import load_weights, make_model, save_weights
+from diffkd_nb.loaders import FileDataset
+from diffkd_nb.models import make_model
 from diffkd_nb.recipes import get_recipe
+from diffkd_nb.rng import seeded
+from diffkd_nb.transforms import image_transform, make_augmentation, read_pixels
+from diffkd_nb.weights import load_weights, save_weights
 
 
 def pixels(n, seed=0): return np.random.RandomState(seed).randint(0, 256, (n, 3072)).astype(np.uint8)
@@ -117,7 +121,7 @@ def as_bytes(im): return torch.from_numpy(np.array(im)).permute(2, 0, 1)
 def test_the_box_and_the_flip_are_torchvisions(crop, wave, tmp_path):
     wave.save(tmp_path/'a.jpg', quality=95)
     im, how = Image.open(tmp_path/'a.jpg').convert('RGB'), v2.InterpolationMode(crop.partition(':')[2] or 'bilinear')
-    files = data._Files([str(tmp_path/'a.jpg')]*40, torch.zeros(40).long(), data._transform(64, (crop, 'flip'), STATS['imagenet'], True))
+    files = FileDataset([str(tmp_path/'a.jpg')]*40, torch.zeros(40).long(), image_transform(64, (crop, 'flip'), STATS['imagenet'], True))
     files.epoch_seed, flips = 2**59 + 17, 0
     for n in range(40):
         torch.manual_seed(files.epoch_seed + 1_000_003*n)
@@ -197,16 +201,16 @@ def test_erasing_is_torchvisions_on_normalised_values(photos):
 
 
 def test_randaugment_by_its_value():
-    t = data._make('randaugment:rand-m9-mstd0.5', 160, ((.5, 0., 1.), (1., 1., 1.)))
+    t = make_augmentation('randaugment:rand-m9-mstd0.5', 160, ((.5, 0., 1.), (1., 1., 1.)))
     assert isinstance(t, RandAugment) and {o.hparams['translate_const'] for o in t.ops} == {72} and t.ops[0].hparams['img_mean'] == (128, 0, 255)
     want = rand_augment_transform('rand-m9-mstd0.5', dict(translate_const=72, img_mean=(128, 0, 255)))
     im = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8))
     for s in range(20):
-        with data._seeded(s): a = np.array(t(im))
-        with data._seeded(s): b = np.array(want(im))
+        with seeded(s): a = np.array(t(im))
+        with seeded(s): b = np.array(want(im))
         assert (a == b).all()
-    assert isinstance(data._make('randaugment:7'), v2.RandAugment) and data._make('randaugment:7').magnitude == 7 and data._make('randaugment').magnitude == 9
-    assert data._make('random_erasing:0.2').p == .2 and data._make('random_erasing:0.2').value is None      # None: noise for each pixel
+    assert isinstance(make_augmentation('randaugment:7'), v2.RandAugment) and make_augmentation('randaugment:7').magnitude == 7 and make_augmentation('randaugment').magnitude == 9
+    assert make_augmentation('random_erasing:0.2').p == .2 and make_augmentation('random_erasing:0.2').value is None      # None: noise for each pixel
 
 
 @pytest.mark.parametrize('name', ['randaugment:strong', 'randaugment:rand-q9', 'random_erasing:x', 'color_jitter:x', 'crop:nearest', 'random_erasings'])
@@ -219,17 +223,17 @@ def test_augmentation_that_is_not_understood(name, photos):
 def test_every_mode_reads_as_pillow_reads_it(name, mode, kind, wave, tmp_path, monkeypatch):
     (Image.fromarray((np.asarray(wave.convert('L')).astype(np.uint16)*200)) if mode == 'I;16' else wave.convert(mode)).save(tmp_path/name, kind)
     want = as_bytes(Image.open(tmp_path/name).convert('RGB'))
-    assert torch.equal(data._pixels(tmp_path/name), want)
+    assert torch.equal(read_pixels(tmp_path/name), want)
     def none(*a, **kw): raise RuntimeError('no such operator')
-    monkeypatch.setattr(data, 'decode_jpeg', none)                  # a torchvision without its image library
-    assert torch.equal(data._pixels(tmp_path/name), want)
+    monkeypatch.setattr(transforms, 'decode_jpeg', none)                  # a torchvision without its image library
+    assert torch.equal(read_pixels(tmp_path/name), want)
 
 
 @pytest.mark.parametrize('kw', [dict(progressive=True), dict(subsampling=0), dict(subsampling=1, quality=20), dict(restart_marker_rows=1), dict(keep_rgb=True), dict(exif=True)], ids=str)
 def test_every_jpeg_reads_as_pillow_reads_it(kw, wave, tmp_path):
     if 'exif' in kw: kw = dict(exif=Image.Exif()); kw['exif'][0x0112] = 6         # a turn that is not made
     wave.save(tmp_path/'a.jpg', **kw)
-    got = data._pixels(tmp_path/'a.jpg')
+    got = read_pixels(tmp_path/'a.jpg')
     assert got.shape == (3, 120, 160) and torch.equal(got, as_bytes(Image.open(tmp_path/'a.jpg').convert('RGB')))
 
 

@@ -6,9 +6,10 @@ import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from diffkd_nb.data import InputError
-from diffkd_nb.models import TEACHERS, load_teacher, load_weights, make_model, n_parameters, save_weights, state_hash
+from diffkd_nb.files import InputError
+from diffkd_nb.models import make_model, n_parameters
 from diffkd_nb.taps import dry_run, last_feature
+from diffkd_nb.weights import TEACHERS, load_teacher, load_weights, save_weights, state_hash
 
 DATA = Path(os.environ.get('DIFFKD_DATA', Path(__file__).parents[2]/'shared'/'data'))
 needs = lambda *names: pytest.mark.skipif(not all((DATA/n).exists() for n in names), reason=f"{', '.join(names)} not in {DATA}: set DIFFKD_DATA")

@@ -4,8 +4,9 @@ from copy import deepcopy
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Callback, DataLoaders, Learner, load_learner
-from diffkd_nb.data import InputError
-from diffkd_nb.recipes import MixOrCut, RECIPES, Constant, Cosine, Every, OneCycle, Recipe, Steps, all_published, get_recipe, published, recipe_table
+from diffkd_nb.files import InputError
+from diffkd_nb.published import all_published, published
+from diffkd_nb.recipes import MixOrCut, RECIPES, Constant, Cosine, Every, OneCycle, Recipe, Steps, get_recipe, recipe_table
 
 # Table 1 of the paper, typed from it; then the sentence below it: momentum 0.9
 TABLE = {

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from diffkd_nb.data import open_data
 from diffkd_nb.experiment import Comparison, evaluate, verify
-from diffkd_nb.models import load_weights, make_model, state_hash
+from diffkd_nb.models import make_model
+from diffkd_nb.weights import load_weights, state_hash
 
 HERE = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location('table9', HERE/'bench'/'table9.py')

@@ -7,10 +7,11 @@ from diffkd_nb.commands import compare_main
 from diffkd_nb.data import InputError, open_data
 from diffkd_nb.diffkd import DiffKDDistiller
 from diffkd_nb.experiment import all_options, make_teacher, parse_method, verify
-from diffkd_nb.models import load_published, make_model, n_parameters, published_weights, trained_model
+from diffkd_nb.models import make_model, n_parameters
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.tables import TABLES, beside_paper, get_table, run_table
 from diffkd_nb.taps import plan_taps
+from diffkd_nb.weights import load_published, published_weights, trained_model
 
 WNIDS = ['n01440764', 'n02102040', 'n03888257']      # numbers 0, 217 and 701 of ImageNet
 
