@@ -156,8 +156,10 @@ class Distillation:
 def _inputs(xb): return tuple(xb) if isinstance(xb, (tuple, list)) else (xb,)
 
 @patch
-def _transform(self:Distillation, xb):
-    "The teacher's input: the student's, through `teacher_transform` if there is one"
+def teacher_input(self:Distillation,
+    xb:tuple # The student's inputs
+) -> tuple: # The teacher's
+    "The student's inputs, through `teacher_transform` if there is one"
     if self.teacher_transform is None: return tuple(xb)
     change = lambda x: self.teacher_transform(x) if isinstance(x, Tensor) and x.is_floating_point() else x
     return tuple(tree_map(change, x) for x in xb)
@@ -170,7 +172,7 @@ def prepare(self:Distillation,
     xb = _inputs(xb)
     with same_rng():
         taps = self.method.taps(self.asked_taps)
-        self.plan = plan_taps(self.student, self.teacher, *xb, taps=taps, teacher_xb=self._transform(xb))
+        self.plan = plan_taps(self.student, self.teacher, *xb, taps=taps, teacher_xb=self.teacher_input(xb))
         self.distiller = self.method.make(self.plan, self._context())
     self.generator = None
     self._student_capture = Capture(self.student, {t.name: t.student for t in self.plan})
@@ -262,7 +264,7 @@ def run_teacher(self:Distillation,
 ) -> dict: # Tap name to (B, C, H, W), without gradient
     "The teacher's maps of a batch"
     with torch.no_grad(), self._teacher_capture:
-        self.teacher(*self._transform(xb))
+        self.teacher(*self.teacher_input(xb))
         return self._teacher_capture.maps()
 
 @patch
