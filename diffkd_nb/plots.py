@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastai.basics import Learner
-from .callback import DistillCallback
-from .diagnostics import Diagnosis, trajectory
-from .diffkd import DiffKDDistiller
+from .callback import distillation
+from .diagnostics import Diagnosis
+from .diffkd import DiffKDDistiller, trajectory
 from .files import InputError
+from .rng import Draws
 from .taps import Capture, eval_mode, moved, unwrap
 
 # %% auto #0
@@ -36,14 +37,14 @@ def attention_map(
 # %% ../nbs/19_plots.ipynb #ddca6463
 def _distillation(learn, tap):
     "The distillation of a Learner and the number of one of its taps"
-    cb = next((c for c in learn.cbs if isinstance(c, DistillCallback)), None)
-    if cb is None:
+    kd = distillation(learn)
+    if kd is None:
         raise ValueError("the Learner has no DiffKDCallback: pass one to its constructor, or use learn.add_cb.")
-    if not isinstance(unwrap(cb.distiller), DiffKDDistiller):
-        raise ValueError(f"these pictures are of DiffKD, and this Learner distils with {type(cb.distiller).__name__}.")
-    names = [t.name for t in cb.plan or ()]
+    if not isinstance(unwrap(kd.distiller), DiffKDDistiller):
+        raise ValueError(f"these pictures are of DiffKD, and this Learner distils with {type(kd.distiller).__name__}.")
+    names = [t.name for t in kd.plan]
     if tap not in names: raise ValueError(f"no tap named {tap!r}: the plan has {names}.")
-    return cb, names.index(tap)
+    return kd, names.index(tap)
 
 # %% ../nbs/19_plots.ipynb #1029e791
 @contextmanager
@@ -67,7 +68,7 @@ def tap_features(
 
 def _way(module, s, t, seed):
     "All features from the student to the denoised student"
-    return trajectory(module, s, t, torch.Generator(s.device).manual_seed(seed))
+    return trajectory(module, s, t, Draws(torch.Generator(s.device).manual_seed(seed)))
 
 # %% ../nbs/19_plots.ipynb #fa3aa406
 def denoised_maps(
