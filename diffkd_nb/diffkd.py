@@ -61,7 +61,7 @@ class DiffKDOutput(NamedTuple):
     diffusion_loss:Tensor # Error of the guessed noise on the latent (eq. 3); zero for the identity denoiser
     reconstruction_loss:Tensor # Error of the autoencoder (eq. 6); zero without one
 
-# %% ../nbs/05_diffkd.ipynb #6e307cb8
+# %% ../nbs/05_diffkd.ipynb #5815dda7
 class DiffKD(nn.Module):
     "DiffKD for one tap (Huang et al., *Knowledge Diffusion for Distillation*, NeurIPS 2023)"
     def __init__(self,
@@ -83,7 +83,9 @@ class DiffKD(nn.Module):
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
         if start == 'gamma' and not adapter:
             raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
-        self.kind, self.align, self.steps, self.start, self.trained_by = kind, align, steps, start, trained_by
+        self.kind, self.align = kind, align
+        self.steps, self.start = steps, start
+        self.trained_by = trained_by
         self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
@@ -115,7 +117,7 @@ def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter
     self.project_out = nn.Sequential(*out)
     self.schedule = NoiseSchedule()
 
-# %% ../nbs/05_diffkd.ipynb #6730ccef
+# %% ../nbs/05_diffkd.ipynb #cd3bcf17
 @patch
 def draw(self:DiffKD,
     student:Tensor, # Student feature, as given to `forward`
@@ -123,14 +125,14 @@ def draw(self:DiffKD,
     draws:Draws|None=None # Source of random numbers; PyTorch's global generator by default
 ) -> tuple: # (noise, diffusion_noise, timesteps), None where there is nothing to draw
     "The random draws of one call, in the released order"
-    draws, dev, n = draws or Draws(), student.device, len(student)
-    shape = (self.width,)
+    draws, shape = draws or Draws(), (self.width,)
+    n, dev = len(student), student.device
     if self.kind == 'feature': shape += common_size(student.shape[2:], teacher.shape[2:], self.align)
     noise = draws.randn(n, *shape, device=dev) if self.adapter is not None else None
     if self.denoiser is None: return noise, None, None
     return noise, draws.randn(n, *shape, device=dev), draws.randint(N_TIMES, n, device=dev)
 
-# %% ../nbs/05_diffkd.ipynb #db0c9d46
+# %% ../nbs/05_diffkd.ipynb #5bc9c8f9
 @patch
 def read(self:DiffKD,
     student:Tensor, # (B, C, H, W), or (B, K) for logits
@@ -146,6 +148,7 @@ def read(self:DiffKD,
     gamma = self.adapter(z) if self.adapter is not None else torch.ones(len(z), device=z.device)
     return z, gamma, target, reconstruction
 
+# %% ../nbs/05_diffkd.ipynb #b78936f1
 @patch
 def begin(self:DiffKD,
     z:Tensor, # Projected student feature
@@ -192,7 +195,7 @@ def denoise(self:DiffKD,
         def guess(x, t): return self.denoiser.predict(x, embs[self.steps:])
         return x, diffusion_loss(guess, self.schedule, target, noise, t)
 
-# %% ../nbs/05_diffkd.ipynb #f1250b8c
+# %% ../nbs/05_diffkd.ipynb #be300549
 @patch
 def forward(self:DiffKD,
     student:Tensor, # (B, C, H, W), or (B, K) for logits
@@ -214,6 +217,14 @@ def forward(self:DiffKD,
     denoised = self.project_out(x)
     return DiffKDOutput(denoised, target, gamma, self.distance(denoised, target), diffusion, reconstruction)
 
+@patch
+def _complete(self:DiffKD, given, student, teacher, draws):
+    "Draw what is needed and was not given"
+    needed = self.adapter is not None, self.denoiser is not None, self.denoiser is not None
+    if not any(n and g is None for n,g in zip(needed, given)): return given
+    return [d if g is None else g for g,d in zip(given, self.draw(student, teacher, draws))]
+
+# %% ../nbs/05_diffkd.ipynb #4cb092c2
 @patch
 def _complete(self:DiffKD, given, student, teacher, draws):
     "Draw what is needed and was not given"

@@ -119,7 +119,7 @@ def _check_plan(self:Distiller, plan):
         raise ValueError(f"{type(self).__name__} takes {many} {kind} {'tap' if low == high == 1 else 'taps'}, "
                          f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules.")
 
-# %% ../nbs/04a_distiller.ipynb #ca1dc5b7
+# %% ../nbs/04a_distiller.ipynb #a18b19ba
 @patch
 def forward(self:Distiller,
     student:Mapping[str,Tensor], # Tap name to (B, C, H, W); logits are (B, K, 1, 1)
@@ -136,6 +136,7 @@ def forward(self:Distiller,
     losses = self.losses(student, teacher, target, **more)
     return {k: factor*v for k,v in losses.items()}
 
+# %% ../nbs/04a_distiller.ipynb #278c5a9f
 @patch
 def _factor(self:Distiller):
     "Weight of this call; counts it while the weight rises"

@@ -80,7 +80,7 @@ def _conv_bn(i, o, size):
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, nn.BatchNorm2d(o))
 
-# %% ../nbs/06a_feature_methods.ipynb #d33829c2
+# %% ../nbs/06a_feature_methods.ipynb #882c6d73
 class ABF(nn.Module):
     "Attention-based fusion of a map with the one fused before it (Chen et al., ReviewKD, CVPR 2021, fig. 3)"
     def __init__(self,
@@ -93,27 +93,31 @@ class ABF(nn.Module):
         self.inner, self.outer = _conv_bn(student_channels, width, 1), _conv_bn(width, teacher_channels, 3)
         self.attention = nn.Conv2d(2*width, 2, 1) if fuse else None
 
-    def forward(self,
-        x:Tensor, # Student's map (B, C, H, W)
-        below:Tensor|None, # Fused map of the next deeper stage
-        size:Sequence[int] # Height and width of the teacher's map
-    ) -> tuple[Tensor,Tensor]: # Guess of the teacher's map; fused map (B, width, *size)
-        x = self.inner(x)
-        if self.attention is not None:
-            y = F.interpolate(below.to(x.dtype), x.shape[2:])
-            a = torch.sigmoid(self.attention(torch.cat([x, y], 1)))
-            x = x*a[:, :1] + y*a[:, 1:]
-        if x.shape[2:] != size: x = F.interpolate(x, size)
-        return self.outer(x), x
+# %% ../nbs/06a_feature_methods.ipynb #b3fb78b3
+@patch
+def forward(self:ABF,
+    x:Tensor, # Student's map (B, C, H, W)
+    below:Tensor|None, # Fused map of the next deeper stage
+    size:Sequence[int] # Height and width of the teacher's map
+) -> tuple[Tensor,Tensor]: # Guess of the teacher's map; fused map (B, width, *size)
+    "Fuse, and guess the teacher's map"
+    x = self.inner(x)
+    if self.attention is not None:
+        y = F.interpolate(below.to(x.dtype), x.shape[2:])
+        a = torch.sigmoid(self.attention(torch.cat([x, y], 1)))
+        x = x*a[:, :1] + y*a[:, 1:]
+    if x.shape[2:] != size: x = F.interpolate(x, size)
+    return self.outer(x), x
 
-# %% ../nbs/06a_feature_methods.ipynb #4cbb4c14
+# %% ../nbs/06a_feature_methods.ipynb #d966f24f
 def hcl_loss(
     student:Tensor, # (B, C, H, W)
     teacher:Tensor # The same shape
 ) -> Tensor: # Scalar
     "Mean squared error at several sizes (Chen et al., ReviewKD, CVPR 2021, fig. 3)"
     student, teacher = to_float32(student), to_float32(teacher)
-    loss, weight, total = F.mse_loss(student, teacher), 1., 1.
+    loss = F.mse_loss(student, teacher)
+    weight = total = 1.
     for size in [n for n in (4, 2, 1) if n < min(student.shape[2:])]:
         weight = weight/2
         loss = loss + weight*F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))

@@ -34,10 +34,11 @@ def _between(modules, start, end):
     later = modules[names.index(start)+1:names.index(end)]
     return [n for n,m in later if not n.startswith(start + '.') and next(m.parameters(recurse=False), None) is not None]
 
-# %% ../nbs/06c_head.ipynb #14f79e30
+# %% ../nbs/06c_head.ipynb #e47130d6
 _FIX = ("Tap the map that is pooled before the classifier, or name its last layer with classifier=...; "
         "for other teachers use 'kd' or 'fitnet'.")
 
+# %% ../nbs/06c_head.ipynb #1de2b67f
 def find_classifier(
     teacher:nn.Module, # Model whose last layer is wanted
     feature:Tap, # Feature tap: the map that the layer reads after pooling
@@ -71,7 +72,7 @@ def _check_way(teacher, modules, place, layer):
         raise ValueError(f"the teacher's classifier {layer!r} reads the class token, "
                          f"not the patches of {place.name!r}. {_FIX}")
 
-# %% ../nbs/06c_head.ipynb #45cc0146
+# %% ../nbs/06c_head.ipynb #2881a038
 class TeacherHead(nn.Module):
     "A frozen copy of the teacher's classifier, for maps like the tapped one"
     def __init__(self,
@@ -88,18 +89,22 @@ class TeacherHead(nn.Module):
             own = getattr(linear, n)
             self.register_buffer(n, None if own is None else own.detach().clone(), persistent=False)
 
-    def pool(self, x:Tensor) -> Tensor: # (B, C h w)
-        "What the classifier reads of a map (B, C, H, W)"
-        return F.adaptive_avg_pool2d(x, self.grid).flatten(1)
+# %% ../nbs/06c_head.ipynb #e664f3db
+@patch
+def pool(self:TeacherHead, x:Tensor) -> Tensor: # (B, C h w)
+    "What the classifier reads of a map (B, C, H, W)"
+    return F.adaptive_avg_pool2d(x, self.grid).flatten(1)
 
-    def read(self, pooled:Tensor) -> Tensor: # (B, K)
-        "Logits of a pooled map (B, C h w)"
-        w, b = (x if x is None else to_float32(x) for x in (self.weight, self.bias))
-        with no_autocast(pooled): return F.linear(to_float32(pooled), w, b)
+@patch
+def read(self:TeacherHead, pooled:Tensor) -> Tensor: # (B, K)
+    "Logits of a pooled map (B, C h w)"
+    w, b = (x if x is None else to_float32(x) for x in (self.weight, self.bias))
+    with no_autocast(pooled): return F.linear(to_float32(pooled), w, b)
 
-    def logits(self, x:Tensor) -> Tensor: # (B, K)
-        "What the teacher's classifier makes of a map (B, C, H, W)"
-        return self.read(self.pool(x))
+@patch
+def logits(self:TeacherHead, x:Tensor) -> Tensor: # (B, K)
+    "What the teacher's classifier makes of a map (B, C, H, W)"
+    return self.read(self.pool(x))
 
 # %% ../nbs/06c_head.ipynb #b19bc7d9
 def _shares(size, blocks, like):

@@ -157,25 +157,32 @@ class OFA(Distiller):
         self.kinds = [t.kind for t in plan]
         self._make_branches(plan, width)
 
-# %% ../nbs/06_logit_methods.ipynb #d929515c
+# %% ../nbs/06_logit_methods.ipynb #75a8379f
 @patch
 def _make_branches(self:OFA, plan, width):
     "One branch for each stage, nothing for the student's own output"
-    scores = next(t for t in plan if t.kind == 'logits').teacher.shape
+    classes = next(t for t in plan if t.kind == 'logits').teacher.shape[0]
     stages = [t for t in plan if t.kind == 'feature']
-    bad = [t.name for t in stages if tuple(t.teacher.shape) != tuple(scores)]
+    self._check_exits(stages, classes, width)
+    channels, *smallest = stages[-1].student.shape
+    for i,(c,*size) in enumerate(t.student.shape for t in stages):
+        halvings = max(0, round(math.log2(min(size)/min(smallest))))
+        self.adapters.append(exit_branch(c, max(len(stages) - 1 - i, halvings), halvings, width or channels, classes))
+    self.adapters.insert(self.kinds.index('logits'), nn.Identity())
+
+# %% ../nbs/06_logit_methods.ipynb #75295a0c
+@patch
+def _check_exits(self:OFA, stages, classes, width):
+    "`ValueError` for stages paired with maps, or an impossible width"
+    bad = [t.name for t in stages if tuple(t.teacher.shape) != (classes, 1, 1)]
     if bad:
-        raise ValueError(f"OFA compares every exit with the teacher's output of {scores[0]} classes, "
+        raise ValueError(f"OFA compares every exit with the teacher's output of {classes} classes, "
                          f"but the taps {bad} have teacher maps: "
                          f"pass taps={self.default_taps}, or pairs with '' for the teacher.")
     if width is not None and (not isinstance(width, int) or width < 1):
         raise ValueError(f"width must be a positive integer, got {width!r}.")
-    channels, *smallest = stages[-1].student.shape
-    for i,(c,*size) in enumerate(t.student.shape for t in stages):
-        halvings = max(0, round(math.log2(min(size)/min(smallest))))
-        self.adapters.append(exit_branch(c, max(len(stages) - 1 - i, halvings), halvings, width or channels, scores[0]))
-    self.adapters.insert(self.kinds.index('logits'), nn.Identity())
 
+# %% ../nbs/06_logit_methods.ipynb #8274d791
 @patch
 def losses(self:OFA, student, teacher, target=None):
     self.check_batch(student[0])

@@ -76,7 +76,7 @@ def _wanted(tap, default_taps):
     "Whether a method that asks for `default_taps` means this one: `'stages'` are the taps 'stage1', 'stage2', ..."
     return any(tap.name == d or d in ('stages', 'exits') and tap.name.startswith(d[:-1]) for d in default_taps)
 
-# %% ../nbs/07a_methods.ipynb #1bef8663
+# %% ../nbs/07a_methods.ipynb #48a16b68
 class Together(Distiller):
     "Several methods, their losses side by side; see `together`"
     parts, takes = (), {} # Names of the methods; each checks its own taps
@@ -95,15 +95,18 @@ class Together(Distiller):
         self.loss_names = tuple(f'{n}.{l}' for n,m in self.methods.items() for l in m.loss_names)
         self.stat_names = tuple(s for m in self.methods.values() for s in m.stat_names)
 
-    @classmethod
-    def check_options(cls, options):
-        "`TypeError` for options that are not a dict under the name of a part, or not of this part"
-        wrong = ', '.join(repr(o) for o,v in options.items() if o not in cls.parts or not isinstance(v, Mapping))
-        how = ', '.join(f'{p}=dict(...)' for p in cls.parts)
-        if wrong:
-            raise TypeError(f"{'+'.join(cls.parts)} takes the options of a part as a dict under its name ({how}), "
-                            f"got {wrong}.")
-        for p,own in options.items(): check_options(METHODS[p], own)
+# %% ../nbs/07a_methods.ipynb #55b39ef5
+@patch(cls_method=True)
+def check_options(cls:Together,
+    options:Mapping # Name of a part to a dict of its options
+):
+    "`TypeError` for options that are not a dict under the name of a part, or not of this part"
+    wrong = ', '.join(repr(o) for o,v in options.items() if o not in cls.parts or not isinstance(v, Mapping))
+    how = ', '.join(f'{p}=dict(...)' for p in cls.parts)
+    if wrong:
+        raise TypeError(f"{'+'.join(cls.parts)} takes the options of a part as a dict under its name ({how}), "
+                        f"got {wrong}.")
+    for p,own in options.items(): check_options(METHODS[p], own)
 
 # %% ../nbs/07a_methods.ipynb #b628ada4
 @patch
@@ -145,7 +148,7 @@ class Method:
         if self.task_weight != 1: options[0]['task_weight'] = self.task_weight
         return '+'.join(n + ':'*bool(o) + ','.join(f'{k}={v}' for k,v in o.items()) for n,o in zip(names, options))
 
-# %% ../nbs/07a_methods.ipynb #9b9e2ce6
+# %% ../nbs/07a_methods.ipynb #680d205a
 def _parse_options(text, rest):
     "Dict of what stands after the colon"
     options = {}
@@ -156,6 +159,7 @@ def _parse_options(text, rest):
         except (ValueError, SyntaxError): options[k.strip()] = v.strip()
     return options
 
+# %% ../nbs/07a_methods.ipynb #8a841401
 def _parse_one(text):
     "A single method"
     name, _, rest = text.partition(':')
@@ -219,6 +223,7 @@ def check(self:Method) -> Method: # Itself
     if self.name != 'alone': check_options(get_method(self.name), {k: v for k,v in self.options.items() if k != 'taps'})
     return self
 
+# %% ../nbs/07a_methods.ipynb #26112b29
 @patch(as_prop=True)
 def needs(self:Method) -> tuple: # Names of fields of `Context`, and 'draws' and 'index'
     "What the method asks for"

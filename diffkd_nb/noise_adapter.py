@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return x + self.block(x)
 
-# %% ../nbs/01_noise_adapter.ipynb #a4f5cdc3
+# %% ../nbs/01_noise_adapter.ipynb #a5c3cdc5
 class NoiseAdapter(nn.Module):
     "Predicts the share gamma of the student's feature in the mixed start (paper, eq. 8), one scalar per sample"
     def __init__(self,
@@ -37,7 +37,8 @@ class NoiseAdapter(nn.Module):
         super().__init__()
         L = channels
         if kind == 'feature': self.body = nn.Sequential(Bottleneck(L, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        else: self.body = nn.Sequential(nn.Linear(L, 2*L), nn.BatchNorm1d(2*L), nn.ReLU(inplace=True), nn.Linear(2*L, L), nn.BatchNorm1d(L))
+        else: self.body = nn.Sequential(nn.Linear(L, 2*L), nn.BatchNorm1d(2*L), nn.ReLU(inplace=True),
+                                        nn.Linear(2*L, L), nn.BatchNorm1d(L))
         self.head = nn.Linear(L, 2)
 
     def forward(self, z:Tensor) -> Tensor: # gamma, (B,), float32, between 0 and 1

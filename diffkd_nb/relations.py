@@ -111,7 +111,7 @@ class CRD(Distiller):
         self._make_memory(n_data, dim)
         self._sort_labels(labels, n_data)
 
-# %% ../nbs/06b_relations.ipynb #1e53bd8a
+# %% ../nbs/06b_relations.ipynb #823ca830
 @patch
 def _make_memory(self:CRD, n, dim):
     "Random vectors for every sample, and a place for the means of the first batch"
@@ -121,6 +121,7 @@ def _make_memory(self:CRD, n, dim):
         self.register_buffer(f'memory_{role}', (2*torch.rand(n, dim) - 1)*math.sqrt(3/dim))
     self.register_buffer('log_mean', torch.full((2,), math.nan))
 
+# %% ../nbs/06b_relations.ipynb #7d3f56b7
 @patch
 def _sort_labels(self:CRD, labels, n):
     "Tables to draw negatives from: class of a sample, size and begin of a class, samples in the order of classes"
@@ -152,7 +153,7 @@ def negatives(self:CRD,
     drawn = drawn % (n - count)
     return self.order[drawn + count*(drawn >= first)]
 
-# %% ../nbs/06b_relations.ipynb #486651d0
+# %% ../nbs/06b_relations.ipynb #c4e09d34
 @patch
 def losses(self:CRD, student, teacher, target=None, draws=None, index=None):
     if index is None or index.shape != (len(student[0]),):
@@ -170,6 +171,7 @@ def losses(self:CRD, student, teacher, target=None, draws=None, index=None):
     if self.training: self._remember(index, s, t, means)
     return {'crd': sum(nce_loss(c - m) for c,m in zip(scores, means))}
 
+# %% ../nbs/06b_relations.ipynb #fd16d789
 @patch
 @torch.no_grad()
 def _remember(self:CRD, index, s, t, means):

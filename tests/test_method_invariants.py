@@ -3,7 +3,7 @@ import io, pickle
 import pytest
 from pairs import *
 from copy import deepcopy
-from diffkd_nb.callback import DistillCallback
+from diffkd_nb.callback import DistillCallback, distillation
 from diffkd_nb.methods import METHODS
 
 every_method = pytest.mark.parametrize('method', METHODS)
@@ -24,15 +24,16 @@ def build(method, pair=LIGHT, **kw):
 @pytest.mark.parametrize('method,pair', [(m, LIGHT) for m in METHODS] + list(PAIR_OF.items()))
 def test_student_and_teacher_stay_what_they_are(method, pair):
     learn, student, teacher, cb = build(method, pair)
-    seen, keys, cls, begin = snapshot(teacher.train()), list(student.state_dict()), type(student), {k: v.clone() for k,v in cb.distiller.state_dict().items()}
+    distiller = distillation(learn).distiller
+    seen, keys, cls, begin = snapshot(teacher.train()), list(student.state_dict()), type(student), {k: v.clone() for k,v in distiller.state_dict().items()}
     with quiet(learn): learn.fit(2, 1e-3)
     same(seen, snapshot(teacher))
     assert list(student.state_dict()) == keys and type(student) is cls and n_hooks(student) == n_hooks(teacher) == 0
     assert [len(g) for g in learn.opt.param_lists] == [len(list(student.parameters()))]
-    still = [n for n,p in cb.distiller.named_parameters() if torch.equal(p, begin[n])]
+    still = [n for n,p in distiller.named_parameters() if torch.equal(p, begin[n])]
     assert not still, f'parameters that never trained: {still[:5]}'
     assert all(np.isfinite(v) for row in learn.recorder.values for v in row)
-    assert list(cb.distiller.loss_names) == [n for n in learn.recorder.metric_names if n in cb.distiller.loss_names]
+    assert list(distiller.loss_names) == [n for n in learn.recorder.metric_names if n in distiller.loss_names]
 
 
 @every_method
@@ -93,7 +94,7 @@ def test_taken_up_between_epochs_it_ends_the_same(method):
     saved = io.BytesIO(); torch.save(dict(model=b[1].state_dict(), opt=b[0].opt.state_dict(), cb=b[3].state_dict()), saved); saved.seek(0)
     state = torch.load(saved, weights_only=False)
     c = fresh(); c[1].load_state_dict(state['model']); c[0].create_opt(); c[0].opt.load_state_dict(state['opt']); c[3].load_state_dict(state['cb']); epochs(c[0], 1, 1)
-    for x,y in ((a[1].state_dict(), c[1].state_dict()), (a[3].distiller.state_dict(), c[3].distiller.state_dict())): assert all(equal(x[k], y[k]) for k in x)
+    for x,y in ((a[1].state_dict(), c[1].state_dict()), [distillation(l[0]).distiller.state_dict() for l in (a, c)]): assert all(equal(x[k], y[k]) for k in x)
 
 
 @pytest.mark.parametrize('mix', ['MixUp', 'CutMix'])

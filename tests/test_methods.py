@@ -4,7 +4,9 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from diffkd_nb.diffkd import DiffKDDistiller
+from diffkd_nb.distiller import Distiller, as_distiller
 from diffkd_nb.methods import *
+from diffkd_nb.rng import Draws
 from diffkd_nb.taps import Layout, Place, Tap
 
 B, K, N = 6, 4, 12
@@ -35,9 +37,12 @@ def build(name, plan=None, **kw):
     plan = plan or plan_of(name)
     if name == 'srrl': kw.setdefault('teacher', teacher_of(plan[0].teacher.shape[0]))
     if name == 'crd': kw = dict(n_data=N, labels=torch.arange(N) % 3, k=7, dim=4) | kw
-    d = get_method(name)(plan, **kw)
-    if name == 'crd': d.index, d.generator = torch.arange(B)*2, torch.Generator().manual_seed(3)
-    return d, plan
+    return get_method(name)(plan, **kw), plan
+
+
+def draws(seed=3): return Draws(torch.Generator().manual_seed(seed))
+def places(y): return torch.arange(len(y))*2 # of a batch's samples in the training set
+def call(d, s, t, y, index=None, seed=3): return d(s, t, y, draws(seed), places(y) if index is None else index)
 
 
 def inputs(plan, b=B, scale=1., dtype=torch.float, seed=1):
@@ -136,8 +141,7 @@ def ref_pkt(d, P, s, t, y):
     return {'pkt': 30000*sum(kl(a, b) for a,b in zip(probs(t[0]), probs(s[0])))/B**2}
 
 def ref_crd(d, P, s, t, y):
-    d.generator.manual_seed(3)
-    pairs = np.concatenate([d.index[:, None].numpy(), d.negatives(d.index).numpy()], 1)
+    pairs = np.concatenate([places(y)[:, None].numpy(), d.negatives(places(y), draws()).numpy()], 1)
     total = 0
     for x,other,memory in ((s, 'student', d.start['memory_teacher']), (t, 'teacher', d.start['memory_student'])):
         m = d.adapters[0][other]
@@ -150,7 +154,7 @@ def ref_crd(d, P, s, t, y):
 
 def ref_srrl(d, P, s, t, y):
     hs, ht = flat(apply(d.adapters[0], s[0], P)), flat(t[0])
-    zs = hs @ d.head_weight.numpy().T + d.head_bias.numpy()
+    zs = hs @ d.head.weight.numpy().T + d.head.bias.numpy()
     return {'matching': mse(hs, ht), 'regression': mse(zs, t[1][..., 0, 0])}
 
 def ref_vid(d, P, s, t, y):
@@ -197,7 +201,7 @@ def test_value_and_gradient(name):
     d.double()
     s, t, y = inputs(plan, dtype=torch.double)
     if name == 'crd': d.start, d.z = {k: v.numpy().copy() for k,v in d.named_buffers() if k.startswith('memory')}, {}
-    out = d(s, t, y)
+    out = call(d, s, t, y)
     sum(out.values()).backward()
     moved = {}                                      # parameter -> array with which the reference replaces it
     P = lambda p: moved.get(p, p.detach().numpy())
@@ -245,7 +249,7 @@ def test_identical(name):
     d, plan = build(name, equal_plan(name))
     s, _, y = inputs(plan)
     t = {k: v.detach().clone() for k,v in s.items()} if name != 'ofa' else {k: s['logits'].detach().clone() for k in s}
-    out = d(s, t, y)
+    out = call(d, s, t, y)
     sum(out.values()).backward()
     assert finite(d, s, out)
     if name not in PURE: return
@@ -260,7 +264,7 @@ def test_constant_maps(name, value):
     s, t, y = inputs(plan)
     s = {k: torch.full_like(v, value).requires_grad_() for k,v in s.items()}
     for teacher in (t, {k: torch.full_like(v, value) for k,v in t.items()}):
-        out = d(s, teacher, y)
+        out = call(d, s, teacher, y)
         sum(out.values()).backward()
         assert finite(d, s, out)
 
@@ -269,8 +273,7 @@ def test_constant_maps(name, value):
 def test_one_class_in_the_batch(name):
     d, plan = build(name)
     s, t, y = inputs(plan)
-    if name == 'crd': d.index = torch.tensor([0, 3, 6, 9, 0, 3]) # one class, and samples twice
-    out = d(s, t, torch.full_like(y, 2))
+    out = call(d, s, t, torch.full_like(y, 2), torch.tensor([0, 3, 6, 9, 0, 3])) # one class, and samples twice
     sum(out.values()).backward()
     assert finite(d, s, out)
 
@@ -284,7 +287,7 @@ def test_huge_logits_in_half_precision(name, dtype):
     def to(v, k, big): return (v.detach()*(1e4 if big else 1)).clamp(-6e4, 6e4).to(torch.float if dtype.startswith('bf16 a') else torch.half if 'fp16' in dtype else torch.bfloat16)
     s = {k: to(v, k, k == 'logits').requires_grad_() for k,v in s.items()}
     t = {k: to(v, k, logits(k)) for k,v in t.items()}
-    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bf16 autocast'): out = d(s, t, y)
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bf16 autocast'): out = call(d, s, t, y)
     assert all(v.dtype == torch.float for v in out.values())
     sum(out.values()).backward()
     assert finite(d, s, out)
@@ -304,11 +307,10 @@ def test_autocast_leaves_the_arithmetic_alone(name):
     d, plan = build(name)
     s, t, y = inputs(plan)
     d.eval()
-    if name == 'srrl': t['logits'] = torch.nn.functional.linear(t['feature'].mean((2, 3)), d.head_weight, d.head_bias)[..., None, None]
+    if name == 'srrl': t['logits'] = torch.nn.functional.linear(t['feature'].mean((2, 3)), d.head.weight, d.head.bias)[..., None, None]
     outs = []
     for half in (False, True):
-        if name == 'crd': d.generator.manual_seed(0)
-        with torch.autocast('cpu', torch.bfloat16, enabled=half): outs.append(d(s, t, y))
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): outs.append(call(d, s, t, y))
     if name == 'srrl': assert d.stats['head_gap'].item() < 1e-5
     else: assert all(outs[1][k].item() == pytest.approx(outs[0][k].item(), rel=1e-5) for k in outs[0])
 
@@ -324,11 +326,10 @@ def test_dkd_two_classes_is_binary():
 def test_batch_of_one(name):
     d, plan = build(name)
     s, t, y = inputs(plan, b=1)
-    if name == 'crd': d.index = torch.tensor([4])
     if name in ('srrl', 'reviewkd', 'ofa'):
-        with pytest.raises(ValueError, match='at least 2 samples'): d(s, t, y)
+        with pytest.raises(ValueError, match='at least 2 samples'): call(d, s, t, y)
         d.eval()
-    out = d(s, t, y)
+    out = call(d, s, t, y)
     sum(out.values()).backward()
     assert finite(d, s, out)
 
@@ -340,7 +341,7 @@ def test_interface(name):
     d, plan = build(name)
     s, t, y = inputs(plan)
     t = {k: v.requires_grad_() for k,v in t.items()}
-    out = d(s, t, y)
+    out = call(d, s, t, y)
     assert tuple(out) == d.loss_names and all(v.dtype == torch.float and v.shape == () for v in out.values())
     assert set(d.stats) == set(d.stat_names)
     sum(out.values()).backward()
@@ -359,7 +360,7 @@ def test_interface(name):
 def test_sizes(name, s, t):
     d, plan = build(name, plan_of(name, s, t))
     st, te, y = inputs(plan)
-    out = d(st, te, y)
+    out = call(d, st, te, y)
     sum(out.values()).backward()
     assert finite(d, st, out)
 
@@ -368,7 +369,7 @@ def test_sizes(name, s, t):
 def test_weight(name):
     a, b, c = (build(name, **kw)[0] for kw in ({}, dict(weight=0), dict(weight=2*build(name)[0].weight)))
     s, t, y = inputs(plan_of(name))
-    a, b, c = (d(s, t, y) for d in (a, b, c))
+    a, b, c = (call(d, s, t, y) for d in (a, b, c))
     for k in a: assert b[k].item() == 0 and c[k].item() == pytest.approx(2*a[k].item(), rel=1e-6)
     for bad in (-1, math.nan, math.inf, '1', None):
         with pytest.raises(ValueError, match='weight must be a number >= 0'): build(name, weight=bad)
@@ -379,15 +380,13 @@ def test_state_dict(name):
     kw = dict(warmup=3) if name in ('dkd', 'reviewkd') else {}
     a, plan = build(name, **kw)
     s, t, y = inputs(plan)
-    a(s, t, y)
+    call(a, s, t, y)
     state = {k: v.clone() for k,v in a.state_dict().items()}
     b = build(name, **kw)[0]
     with torch.no_grad(): [p.add_(1) for p in b.parameters()]
     b.load_state_dict(state)
-    for d in (a, b):
-        if name == 'crd': d.generator.manual_seed(5)
-    for _ in range(2):
-        x, z = a(s, t, y), b(s, t, y)
+    for seed in range(2):
+        x, z = call(a, s, t, y, seed=seed), call(b, s, t, y, seed=seed)
         assert all(torch.equal(x[k], z[k]) for k in x)
     assert not any('head' in k for k in state), 'the teacher is in the state'
 
@@ -398,9 +397,8 @@ def test_training_lowers_the_loss(name):
     s, t, y = inputs(plan)
     opt = torch.optim.Adam([*s.values(), *d.parameters()], lr=.02)
     def step():
-        if name == 'crd': d.generator.manual_seed(0)
         opt.zero_grad()
-        loss = sum(d(s, t, y).values()); loss.backward(); opt.step()
+        loss = sum(call(d, s, t, y).values()); loss.backward(); opt.step()
         return loss.item()
     losses = [step() for _ in range(25)]
     assert losses[-1] < losses[0]
@@ -472,10 +470,10 @@ def test_srrl_grid_and_copy():
     s, _, y = inputs(plan)
     t = {'feature': teacher[0](x), 'logits': teacher(x)[..., None, None]}
     d(s, t, y)
-    assert d.grid == (2, 2) and d.stats['head_gap'].item() < 1e-6
+    assert d.head.grid == (2, 2) and d.stats['head_gap'].item() < 1e-6
     assert not any(p is q for p in d.parameters() for q in teacher.parameters())
     with torch.no_grad(): teacher[3].weight.zero_()
-    assert d.head_weight.abs().max() > 0
+    assert d.head.weight.abs().max() > 0
 
 
 def test_srrl_refuses_a_class_token():
@@ -491,16 +489,16 @@ def test_crd_memory():
     s, t, y = inputs(plan)
     d.eval()
     before = {k: v.clone() for k,v in d.state_dict().items()}
-    d(s, t, y)
+    call(d, s, t, y)
     assert all(torch.equal(v, before[k]) or k == 'log_mean' for k,v in d.state_dict().items()) and d.log_mean.isnan().all()
     d.train()
-    d(s, t, y)
-    z, old = d.log_mean.clone(), before['memory_student'][d.index]
+    call(d, s, t, y)
+    z, old = d.log_mean.clone(), before['memory_student'][places(y)]
     v = torch.nn.functional.normalize(d.adapters[0]['student'](s['feature'].mean((2, 3)))).detach()
-    assert torch.allclose(d.memory_student[d.index], torch.nn.functional.normalize(.5*old + .5*v), atol=1e-6)
-    rest = torch.tensor([i for i in range(N) if i not in d.index])
+    assert torch.allclose(d.memory_student[places(y)], torch.nn.functional.normalize(.5*old + .5*v), atol=1e-6)
+    rest = torch.tensor([i for i in range(N) if i not in places(y)])
     assert torch.equal(d.memory_student[rest], before['memory_student'][rest])
-    d(s, t, y)
+    call(d, s, t, y)
     assert torch.equal(z, d.log_mean), 'Z is that of the first batch'
 
 
@@ -508,7 +506,7 @@ def test_crd_memory():
 def test_crd_negatives(labels):
     d, _ = build('crd', labels=labels, k=20000)
     index = torch.arange(N)
-    neg = d.negatives(index)
+    neg = d.negatives(index, draws())
     for i in range(N):
         allowed = [j for j in range(N) if (j != i if labels is None else labels[j] != labels[i])]
         share = neg[i].bincount(minlength=N)/neg.shape[1]
@@ -520,8 +518,7 @@ def test_crd_index():
     d, plan = build('crd')
     s, t, y = inputs(plan)
     for bad in (None, torch.arange(B - 1)):
-        d.index = bad
-        with pytest.raises(ValueError, match='index'): d(s, t, y)
+        with pytest.raises(ValueError, match='index'): d(s, t, y, draws(), bad)
 
 
 def test_ofa_branches_keep_equal_sizes():
@@ -551,3 +548,66 @@ def test_ofa_branches_follow_the_sizes():
         x = torch.randn(2, *shape)
         for m in branch[:-3]: x = m(x)
         assert x.shape == (2, 32, 4, 4) and len(branch) == max(n, 1) + 3
+
+
+# ---- several processes, several methods, modules of another form
+
+@pytest.mark.parametrize('name', ['diffkd', 'kd+diffkd'])
+def test_two_processes_draw_the_noise_of_the_whole_batch(name):
+    "Noise and times of a sample do not depend on how the batch is shared out, for joined methods either"
+    plan = [LOGITS, tap('feature', (3, 4, 4), (2, 4, 4))]
+    torch.manual_seed(0)
+    d = get_method(name)(plan).eval()
+    taps = (d.methods['diffkd'] if '+' in name else d).taps
+    drawn = []
+    for t in taps:
+        plain = t.draw
+        t.draw = lambda *a, plain=plain: drawn.append(plain(*a)) or drawn[-1]
+    s, t, y = inputs(plan)
+
+    def share(i, n):
+        drawn.clear()
+        rows = slice(i*B//n, (i+1)*B//n)
+        pick = lambda maps: {k: v[rows] for k,v in maps.items()}
+        return d(pick(s), pick(t), y[rows], Draws(torch.Generator().manual_seed(1), (i, n))), [list(x) for x in drawn]
+    (whole, noise), (first, a), (second, b) = share(0, 1), share(0, 2), share(1, 2)
+    for w,x,z in zip(noise, a, b):
+        for p,q,r in zip(w, x, z): assert torch.equal(p, torch.cat([q, r]))
+    for k in whole: assert whole[k].item() == pytest.approx((first[k].item() + second[k].item())/2, rel=1e-4)
+
+
+def test_joined_methods_pass_everything_on():
+    seen = []
+    class Notes(Distiller):
+        loss_names, needs, hard_labels = ('note',), ('draws', 'index'), True
+        def losses(self, student, teacher, target=None, draws=None, index=None):
+            seen.append((target, draws, index))
+            return {'note': student[0].sum()}
+    plan = plan_of('fitnet')
+    METHODS['notes'] = Notes
+    try: d = get_method('fitnet+notes')(plan)
+    finally: del METHODS['notes']
+    assert d.hard_labels and set(d.needs) == {'draws', 'index'} and d.loss_names == ('fitnet.fitnet', 'notes.note') and d.pieces() == list(d.methods.values())
+    s, t, y = inputs(plan)
+    source, index = draws(), places(y)
+    d(s, t, y, source, index)
+    assert seen == [(y, source, index)]
+
+
+@pytest.mark.parametrize('name', [*OURS, 'diffkd', 'kd+fitnet'])
+def test_every_method_is_a_distiller(name):
+    cls = get_method(name)
+    assert issubclass(cls, Distiller) and isinstance(cls.loss_names, tuple) and isinstance(cls.needs, tuple) and cls.default_taps
+
+
+def test_a_module_of_another_form():
+    class Other(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(3, 3)
+        def forward(self, student, teacher, target, index): return {'a': student['feature'].sum() + index.sum()}
+    own = Other()
+    d = as_distiller(own)
+    assert (d.loss_names, d.stat_names, d.hard_labels, d.default_taps) == (('distill',), (), False, ['feature', 'logits'])
+    assert d({'feature': torch.ones(2)}, {}, index=torch.tensor([3]))['a'] == 5
+    assert d.state_dict().keys() == own.state_dict().keys() and list(d.parameters()) == list(own.parameters()) and d.pieces() == [d]
+    d.load_state_dict({k: v + 1 for k,v in own.state_dict().items()})
+    with pytest.raises(AttributeError, match='nothing'): d.nothing
