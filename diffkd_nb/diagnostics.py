@@ -162,7 +162,7 @@ class DenoisingDiagnostics(Callback):
     def state_dict(self): return dict(rows=json.dumps(self.rows))
     def load_state_dict(self, sd): self.rows = json.loads(sd['rows'])
 
-# %% ../nbs/18_diagnostics.ipynb #828c152e
+# %% ../nbs/18_diagnostics.ipynb #670ae3b5
 @patch
 def _find(self:DenoisingDiagnostics):
     "The Learner's distillation; `ValueError` where it is not DiffKD"
@@ -171,6 +171,7 @@ def _find(self:DenoisingDiagnostics):
         raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
     return kd
 
+# %% ../nbs/18_diagnostics.ipynb #bfefd185
 @patch
 def before_fit(self:DenoisingDiagnostics):
     "Check the method, add the columns"
@@ -188,7 +189,7 @@ def after_fit(self:DenoisingDiagnostics):
     self.learn.metrics = [m for m in self.learn.metrics if m not in self.shown]
     self.shown = []
 
-# %% ../nbs/18_diagnostics.ipynb #06f80b54
+# %% ../nbs/18_diagnostics.ipynb #8ae05bd1
 @patch
 def before_train(self:DenoisingDiagnostics):
     "Begin to observe"
@@ -198,6 +199,7 @@ def before_train(self:DenoisingDiagnostics):
     self.looks,self.count = [],0
     self.stop_watching = self.kd.observe(self.look_at)
 
+# %% ../nbs/18_diagnostics.ipynb #cdaef9bd
 @patch
 def after_train(self:DenoisingDiagnostics):
     "Stop, and write one row per tap"
@@ -240,7 +242,7 @@ def _read_rows(f):
     raise InputError(f"{f} is missing: expected a run made with diagnostics "
                      "(run(..., diagnostics=True), diffkd_train --diagnostics).")
 
-# %% ../nbs/18_diagnostics.ipynb #55de1cda
+# %% ../nbs/18_diagnostics.ipynb #6b2e3b0f
 @patch
 def of(self:Diagnosis,
     tap:str # Name of a tap
@@ -255,12 +257,13 @@ def save(self:Diagnosis,
     "Write `diagnostics.json`"
     write_whole(Path(folder)/'diagnostics.json', json.dumps(self.rows))
 
+# %% ../nbs/18_diagnostics.ipynb #e09e930f
 @patch(as_prop=True)
 def table(self:Diagnosis) -> pd.DataFrame: # One row per epoch and tap
     "The numbers as a table; lists are left out"
     return pd.DataFrame([{k: v for k,v in r.items() if not isinstance(v, list)} for r in self.rows])
 
-# %% ../nbs/18_diagnostics.ipynb #feec6551
+# %% ../nbs/18_diagnostics.ipynb #f8d3f396
 _signs = []
 def sign(
     f:Callable # Gets the rows of one tap, gives a sentence or None
@@ -269,6 +272,7 @@ def sign(
     _signs.append(f)
     return f
 
+# %% ../nbs/18_diagnostics.ipynb #efffbec9
 @patch
 def words(self:Diagnosis) -> list[str]: # One sentence per sign; empty where nothing looks wrong
     "What looks wrong"
@@ -336,7 +340,7 @@ def _task_drowned(rows):
         return (f"the gradient of the distillation is {kd/task:.0f} times the task's at this feature: "
                 "lower kd_weight, or raise task_weight.")
 
-# %% ../nbs/18_diagnostics.ipynb #bcad595c
+# %% ../nbs/18_diagnostics.ipynb #2f03f167
 _BLUE, _ORANGE = '#0072B2', '#D55E00'
 _SKY, _YELLOW = '#56B4E9', '#E69F00'
 _GREY, _LIGHT = '#999999', '#BBBBBB'
@@ -347,6 +351,7 @@ def _finish(ax, title, xlabel='epoch', legend=True, **kw):
     ax.set(title=title, xlabel=xlabel, **kw)
     if legend: ax.legend(fontsize=7, framealpha=.6)
 
+# %% ../nbs/18_diagnostics.ipynb #810ef3bc
 def _plot_gamma(ax, rows):
     "Median and the middle 90 % of the samples"
     _line(ax, rows, 'gamma_p50', c=_BLUE)
@@ -369,7 +374,7 @@ def _plot_steps(ax, rows):
         ax.plot(rows[i]['step_mse'], marker='.', c=c, label=f"epoch {rows[i]['epoch']}")
     _finish(ax, 'MSE after each step', 'steps', xticks=range(len(rows[0]['step_mse'])))
 
-# %% ../nbs/18_diagnostics.ipynb #16b3ee84
+# %% ../nbs/18_diagnostics.ipynb #49cb670a
 def _plot_times(ax, rows):
     "Diffusion loss by range of the time t"
     shown = [r for r in rows if 'diffusion_by_time' in r]
@@ -379,6 +384,7 @@ def _plot_times(ax, rows):
                 c=plt.cm.cividis(i/RANGES), label=f't {first} to {last}')
     _finish(ax, 'diffusion loss by time', legend=bool(shown))
 
+# %% ../nbs/18_diagnostics.ipynb #5269233c
 def _plot_pulls(ax, rows):
     "Gradient of each loss at the feature"
     for k,c in (('task', 'black'), ('kd', _BLUE), ('diffusion', _YELLOW), ('reconstruction', _GREY)):

@@ -55,7 +55,7 @@ def agree(
     if error is not None: raise InputError(error)
     return value
 
-# %% ../nbs/22_distributed.ipynb #4705dcd6
+# %% ../nbs/22_distributed.ipynb #bfd71db7
 def _add(x):
     "Sum of a tensor over processes"
     y = x.cuda() if dist.get_backend() == 'nccl' else x.clone()
@@ -68,6 +68,7 @@ def sum_over_processes(
     "A number added up over all processes"
     return float(_add(torch.tensor(float(x), dtype=torch.float64)))
 
+# %% ../nbs/22_distributed.ipynb #cb3b7331
 def gather(
     x # Any object that can be pickled
 ) -> list: # One object per process, in every process
@@ -105,7 +106,7 @@ def real(self:ShardDL,
     mine = max(0, min(part, self.n - self.rank*part))
     return max(0, min(b, mine - (self.i - b)))
 
-# %% ../nbs/22_distributed.ipynb #bca3c005
+# %% ../nbs/22_distributed.ipynb #b18b69e0
 class SharedMean(AvgMetric):
     "Mean of a function over the validation samples of all processes"
     def __init__(self,
@@ -127,6 +128,7 @@ class SharedMean(AvgMetric):
         self.sum = self.sum + value.detach().float()*k
         self.n += k
 
+# %% ../nbs/22_distributed.ipynb #48e6535a
 @patch(as_prop=True)
 def value(self:SharedMean):
     both = torch.stack([torch.as_tensor(self.sum).cpu(), torch.tensor(float(self.n))])

@@ -62,7 +62,7 @@ def _why_distillation(cb, cbs):
     if looked_at: return 'diagnostics look into steps'
     if 'index' in cb.distiller.needs: return f'{type(cb.distiller).__name__} must know which samples are in a batch'
 
-# %% ../nbs/21_fast.ipynb #69e4af2e
+# %% ../nbs/21_fast.ipynb #6fb7bb37
 _OPTIMIZERS = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
 def _why_optimizer(opt):
@@ -72,6 +72,7 @@ def _why_optimizer(opt):
     return (f"its optimiser is {type(inner).__name__}, and only PyTorch's SGD, Adam and AdamW in an OptimWrapper "
             "can be recorded")
 
+# %% ../nbs/21_fast.ipynb #fcf9c6aa
 def _why_model(model):
     "What about a model cannot be recorded"
     for name,m in model.named_modules():
@@ -154,7 +155,7 @@ class CudaGraphStep(Callback):
         self.tape = self.key = self.memory = self.static = self.rates = None
         self.count = 0
 
-# %% ../nbs/21_fast.ipynb #1fb53c5e
+# %% ../nbs/21_fast.ipynb #831bca05
 class _Step:
     "Stands in for the Learner's own step while an epoch trains"
     own = Learner._do_one_batch
@@ -174,13 +175,14 @@ class _Epoch(_Step):
             self.cb.release()
             if not ended: self.cb.finish()
 
+# %% ../nbs/21_fast.ipynb #e9872451
 @patch
 def release(self:CudaGraphStep):
     "Give the Learner its own step back"
     if self.learn is None: return
     for name in ('_do_one_batch', '_do_epoch_train'): self.learn.__dict__.pop(name, None)
 
-# %% ../nbs/21_fast.ipynb #a60fb899
+# %% ../nbs/21_fast.ipynb #d457d07d
 @patch
 def before_fit(self:CudaGraphStep):
     "Choose the kind of recording, or say why there is none"
@@ -191,6 +193,7 @@ def before_fit(self:CudaGraphStep):
     self.reason = why_plain(self.learn) if self.kind else 'there is no GPU'
     if self.reason and self.verbose: print(f'CudaGraphStep: plain steps, since {self.reason}.')
 
+# %% ../nbs/21_fast.ipynb #e88ae079
 @patch
 def before_epoch(self:CudaGraphStep):
     "Stand in for the epoch"
@@ -202,7 +205,7 @@ def _kd(self:CudaGraphStep):
     kd = None if self.learn is None else distillation(self.learn)
     return [] if kd is None else [kd]
 
-# %% ../nbs/21_fast.ipynb #6fe7a9e2
+# %% ../nbs/21_fast.ipynb #9cee0e2d
 @patch
 def before_train(self:CudaGraphStep):
     "Lend the Recorder a smooth loss that waits for nothing; drop a recording whose memory has moved"
@@ -220,6 +223,7 @@ def _defer_checks(self:CudaGraphStep):
     self.deferred.close()
     for kd in self._kd(): self.deferred.enter_context(kd.recording())
 
+# %% ../nbs/21_fast.ipynb #01118699
 @patch
 def after_train(self:CudaGraphStep):
     "Bring the losses of the epoch to the host"
@@ -228,7 +232,7 @@ def after_train(self:CudaGraphStep):
     if len(losses) > n: losses[n:] = torch.stack([l.detach() for l in losses[n:]]).cpu().unbind()
     self.active = False
 
-# %% ../nbs/21_fast.ipynb #a7199ed1
+# %% ../nbs/21_fast.ipynb #12c8763e
 @patch
 def finish(self:CudaGraphStep):
     "Give back what the fit was lent"
@@ -237,6 +241,7 @@ def finish(self:CudaGraphStep):
     if self.smooth is not None: self._give_back()
     self.deferred.close()
 
+# %% ../nbs/21_fast.ipynb #bff62c5e
 @patch
 def _give_back(self:CudaGraphStep):
     "Smooth loss and step counts as the Learner and the optimiser keep them"
@@ -293,7 +298,7 @@ def step(self:CudaGraphStep):
     else:
         with _TensorRates(opt, self.rates): plain()
 
-# %% ../nbs/21_fast.ipynb #900d520f
+# %% ../nbs/21_fast.ipynb #0492ffd6
 @patch
 def _warm_up(self:CudaGraphStep, plain):
     "A plain step before the recording"
@@ -307,6 +312,7 @@ def _warm_up(self:CudaGraphStep, plain):
         with torch.cuda.stream(side): plain()
         torch.cuda.current_stream().wait_stream(side)
 
+# %% ../nbs/21_fast.ipynb #cc0a0372
 @patch
 def _begin(self:CudaGraphStep, plain, key):
     "Record a step and launch it; a plain step where that fails"
@@ -335,12 +341,13 @@ def _record(self:CudaGraphStep, plain, key):
     self.memory = self._memory()
     return True
 
-# %% ../nbs/21_fast.ipynb #b35f512a
+# %% ../nbs/21_fast.ipynb #2234f0be
 def _first_line(error):
     "An error's first line, with the next one where it only introduces it, as fastai's does"
     lines = str(error).split('\n')
     return ' '.join(l.strip() for l in lines[:2 if lines[0].endswith(':') else 1])
 
+# %% ../nbs/21_fast.ipynb #9b004345
 @patch
 def _give_up(self:CudaGraphStep, error, counted):
     "Go on with plain steps after a recording that failed"

@@ -180,9 +180,11 @@ class Neutral(Callback):
 
 
 @pytest.mark.parametrize('kw,says', [
-    (dict(opt=SGD), 'SGD'), (dict(cbs=[GradientAccumulation(64)]), 'gradient_accumulation'), (dict(cbs=[MixUp()]), 'mix_up'),
-    (dict(cbs=[EMACallback(.9)]), 'ema'), (dict(method='crd'), 'which samples'), (dict(cbs=[Meddler()]), 'meddler acts in after_loss'),
-    (dict(method='diffkd', cbs=[DenoisingDiagnostics()]), 'diagnostics look')], ids=lambda v: v if isinstance(v, str) else '')
+    (dict(opt=SGD), 'SGD'), (dict(cbs=[GradientAccumulation(64)]), 'gradient_accumulation'),
+    (dict(cbs=[MixUp()]), 'mix_up'), (dict(cbs=[EMACallback(.9)]), 'ema'), (dict(method='crd'), 'which samples'),
+    (dict(cbs=[Meddler()]), 'meddler acts in after_loss'),
+    (dict(method='diffkd', cbs=[DenoisingDiagnostics()]), 'diagnostics look')],
+    ids=lambda v: v if isinstance(v, str) else '')
 def test_what_cannot_be_recorded_is_plain_and_says_why(kw, says, capsys):
     kw = {'method': 'kd', **SHORT, **kw}
     made = lambda r: learner(**{**kw, 'cbs': deepcopy(kw.get('cbs', []))}, recorded=r)
