@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
 from safetensors.torch import load_file, save
-from diffkd_nb.data import InputError, open_data, write_whole
+from diffkd_nb.data import open_data
 from diffkd_nb.experiment import EXECUTORS, Comparison, compare, evaluate, grid_cells, parse_method
-from diffkd_nb.models import make_model
-from diffkd_nb.weights import load_weights, state_hash
+from diffkd_nb.files import InputError, write_whole
+from diffkd_nb.models import load_weights, make_model, state_hash
 from diffkd_nb.recipes import get_recipe
+from diffkd_nb.setup import Job, Setup, split_options
 
 PAIRS = [('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 'resnet8x4'), ('resnet32x4', 'shufflenetv2'), ('resnet32x4', 'shufflenetv1'),
          ('resnet50_cifar', 'mobilenetv2_cifar')]
@@ -36,30 +37,31 @@ RATES = (.05, .01) # The paper's, and the one of common practice
 HALF_LIMIT = 16*2**20 # Bytes of a teacher in half precision that goes into the repository
 
 
-def job(recipe, data, teacher, student, method, seed, out, a, **options):
-    "A run as plain values, for a worker process"
+def cell(recipe, data, teacher, student, method, seed, out, a, **options):
+    "Setup and job of a run, for a worker process"
     out.parent.mkdir(parents=True, exist_ok=True)
-    return dict(recipe=recipe.to_dict(), data=data, teacher=teacher, student=student, method=method, seed=seed, out=str(out), root=str(a.out), log=f'{out}.err',
-                threads=a.threads, options={**a.options, **options})
+    decides, rest = split_options({**a.options, **options})
+    return Setup(recipe, data, student, (teacher,) if teacher else (), method, seed, **decides), Job(out, threads=a.threads, **rest)
 
 
-def work(what, jobs, a):
-    "Run the jobs that are not finished; how many are left"
-    todo = [j for j in jobs if not (Path(j['out'])/'manifest.json').is_file()]
-    if not todo: print(f'{what}: all {len(jobs)} runs are there'); return 0
-    if a.left() <= 0: print(f'{what}: {len(todo)} of {len(jobs)} runs left'); return len(todo)
-    total = sum(j['recipe']['epochs'] for j in todo)
-    bar, rows = progress_bar(range(total)), lambda j: max(0, sum(1 for _ in open(f))-1) if (f := Path(j['out'])/'log.csv').is_file() else 0
+def work(what, cells, a):
+    "Run the cells that are not finished; how many are left"
+    unfinished = lambda: [(s, j) for s,j in cells if not (j.out/'manifest.json').is_file()]
+    todo = unfinished()
+    if not todo: print(f'{what}: all {len(cells)} runs are there'); return 0
+    if a.left() <= 0: print(f'{what}: {len(todo)} of {len(cells)} runs left'); return len(todo)
+    total = sum(s.recipe.epochs for s,_ in todo)
+    bar, rows = progress_bar(range(total)), lambda j: max(0, sum(1 for _ in open(f))-1) if (f := j.out/'log.csv').is_file() else 0
     seen = [-1]
     def tick():
-        done = min(total, sum(map(rows, todo)))
+        done = min(total, sum(rows(j) for _,j in todo))
         if done != seen[0]: seen[0] = done; bar.comment = what; bar.update(done)
     tick()
     failed = EXECUTORS['process'](a.jobs)(todo, tick, time.monotonic() + a.left())
     for k,v in failed.items(): print(f'FAILED {k}: {v}', file=sys.stderr)
     a.failed += len(failed)
-    left = sum(not (Path(j['out'])/'manifest.json').is_file() for j in todo)
-    print(f'{what}: {len(jobs) - left} of {len(jobs)} runs are there')
+    left = len(unfinished())
+    print(f'{what}: {len(cells) - left} of {len(cells)} runs are there')
     return left
 
 
@@ -77,7 +79,7 @@ def teachers(a):
     "Train them, store them in half precision"
     names = list(dict.fromkeys(t for t,_ in a.pairs))
     todo = [n for n in names if not (a.teachers/n/'manifest.json').is_file()]
-    left = work('teachers', [job(recipe_of(a), a.data, None, n, 'alone', 0, a.out/'teachers'/n, a) for n in todo], a) if todo else 0
+    left = work('teachers', [cell(recipe_of(a), a.data, None, n, 'alone', 0, a.out/'teachers'/n, a) for n in todo], a) if todo else 0
     for n in todo:
         if (a.out/'teachers'/n/'manifest.json').is_file(): store_teacher(n, a)
     return left
@@ -103,7 +105,7 @@ def rates(a):
     students = [s for _,s in a.pairs if s in MOBILE]
     data = f"{a.data}{'&' if '?' in a.data else '?'}holdout={a.holdout}"
     place = lambda s, lr: a.out/'rates'/s/f'lr{lr:g}'
-    left = work('rates', [job(recipe_of(a, lr), data, None, s, 'alone', 0, place(s, lr), a, keep_student=False) for s in students for lr in RATES], a)
+    left = work('rates', [cell(recipe_of(a, lr), data, None, s, 'alone', 0, place(s, lr), a, keep_student=False) for s in students for lr in RATES], a)
     for s in students:
         got = {lr: json.loads((place(s, lr)/'manifest.json').read_text())['result']['accuracy'] for lr in RATES if (place(s, lr)/'manifest.json').is_file()}
         if len(got) == len(RATES):
@@ -122,14 +124,14 @@ def rate_of(student, a):
 
 def table(out, groups, reference, a):
     "Run what is left of several comparisons as one queue, then write their common table"
-    jobs, ready, all_cells, seeds = [], [], [], list(range(a.seeds))
+    runs, ready, all_cells, seeds = [], [], [], list(range(a.seeds))
     for (t,s),methods in groups:
         cells = grid_cells([(f'{t}@{teacher_file(t, a)}', s)], methods, seeds)
         all_cells += [c.folder for c in cells]
         if not teacher_file(t, a).is_file() or rate_of(s, a) is None: continue
         ready.append((t, s, methods))
-        jobs += [job(recipe_of(a, rate_of(s, a)), a.data, c.teacher if c.method != 'alone' else None, s, c.method, c.seed, out/c.folder, a, keep_student=s in a.keep) for c in cells]
-    left = work(out.name, jobs, a) + len(all_cells) - len(jobs)
+        runs += [cell(recipe_of(a, rate_of(s, a)), a.data, c.teacher if c.method != 'alone' else None, s, c.method, c.seed, out/c.folder, a, keep_student=s in a.keep) for c in cells]
+    left = work(out.name, runs, a) + len(all_cells) - len(runs)
     for t,s,methods in ready:       # checks what is there against what would be run now
         compare([(f'{t}@{teacher_file(t, a)}', s)], methods, seeds, recipe_of(a, rate_of(s, a)), a.data, out, reference, a.jobs, a.threads, minutes=0, progress=False, **a.options)
     write_whole(out/'grid.json', json.dumps(dict(cells=all_cells, reference=str(parse_method(reference)), recipe=recipe_of(a).to_dict(), data=open_data(a.data).name), indent=1))

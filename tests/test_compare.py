@@ -1,9 +1,11 @@
 "Grids of runs: workers, failures, interruptions, a Ray cluster"
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
+from torch import nn
 from diffkd_nb.experiment import Comparison, compare, run, verify
 from diffkd_nb.recipes import get_recipe
+from diffkd_nb.setup import Job, Setup
 
 RECIPE = get_recipe('tiny').replace(epochs=1)
 
@@ -17,6 +19,21 @@ def teacher(tmp_path_factory):
 
 def grid(teacher, out, **kw):
     return compare(**{**dict(pairs=[(teacher, 'small:4')], methods=['alone', 'dkd'], seeds=2, recipe=RECIPE, data='digits', out=out, executor='process', jobs=2, threads=1, progress=False), **kw})
+
+
+def mlp(n_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, n_classes))
+
+
+def workers(pid):
+    "Process ids of a grid's workers: children of the server that it started"
+    children = lambda p, *how: subprocess.run(['pgrep', '-P', str(p), *how], capture_output=True, text=True).stdout.split()
+    return [int(w) for server in children(pid, '-f', 'multiprocessing.forkserver') for w in children(server)]
+
+
+def a_worker(p):
+    "Wait for the first one"
+    while not (found := workers(p.pid)): assert p.poll() is None, p.communicate(); time.sleep(.02)
+    return found[0]
 
 
 def hashes(c): return {k: m['student_hash'] for k,m in c.manifests.items()}
@@ -46,34 +63,33 @@ def test_a_failed_cell_stops_no_other(teacher, tmp_path, capsys):
 
 
 def test_a_killed_worker_is_named_and_taken_up_again(teacher, here, tmp_path):
-    code = f'''
+    script = tmp_path/'script.py'           # with no guard: workers must not run it again
+    script.write_text(f'''
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_compare import grid, get_recipe
 from pathlib import Path
-c = grid({teacher!r}, Path({str(tmp_path)!r}))
+print('begins')
+c = grid({teacher!r}, Path({str(tmp_path/'c')!r}))
 print(list(c.failed.values()))
-'''
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while True:
-        kids = subprocess.run(['pgrep', '-P', str(p.pid), '-f', '_cell_main'], capture_output=True, text=True).stdout.split()
-        if kids: break
-        assert p.poll() is None; time.sleep(.02)
-    os.kill(int(kids[0]), signal.SIGKILL)
+''')
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    os.kill(a_worker(p), signal.SIGKILL)
     out = p.communicate(timeout=200)[0]
-    assert 'killed by signal 9' in out and out.count('signal') == 1
-    c = grid(teacher, tmp_path)
+    assert 'killed by signal 9' in out and out.count('signal') == 1 and out.count('begins') == 1
+    c = grid(teacher, tmp_path/'c')
     assert not c.failed and hashes(c) == hashes(here)
 
 
 def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--pair', teacher, 'small:4', '--methods', 'alone', 'dkd',
                           '--seeds', '2', '--jobs', '2', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not subprocess.run(['pgrep', '-P', str(p.pid), '-f', '_cell_main'], capture_output=True, text=True).stdout.split():
-        assert p.poll() is None, p.communicate(); time.sleep(.02)
+    a_worker(p)
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
-    assert not subprocess.run(['pgrep', '-g', str(p.pid)], capture_output=True, text=True).stdout.split()
+    left, end = ['?'], time.time() + 10         # the server ends by itself once it is alone
+    while left and time.time() < end: left = subprocess.run(['pgrep', '-g', str(p.pid)], capture_output=True, text=True).stdout.split(); time.sleep(.05)
+    assert not left and not list((tmp_path/'c').rglob('*.err'))
     c = grid(teacher, tmp_path/'c', recipe=get_recipe('tiny').scaled(1))
     assert hashes(c) == hashes(here)
 
@@ -81,15 +97,48 @@ def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
 def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '500', '--pair', teacher, 'small:4', '--methods', 'alone',
                           '--seeds', '1', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kids = lambda: subprocess.run(['pgrep', '-P', str(p.pid), '-f', '_cell_main'], capture_output=True, text=True).stdout.split()
-    while not (found := kids()): assert p.poll() is None; time.sleep(.02)
+    found = a_worker(p)
     p.kill(); p.wait()
     end = time.time() + 20
     def alive():
-        try: return Path(f'/proc/{found[0]}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        try: return Path(f'/proc/{found}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
         except OSError: return False
     while alive() and time.time() < end: time.sleep(.1)
     assert not alive()
+
+
+def test_workers_that_are_no_copies_give_the_same(teacher, here, tmp_path, monkeypatch):
+    "On a machine with a GPU, and where there is no fork"
+    monkeypatch.setattr('diffkd_nb.grid.sys.platform', 'other')
+    c = grid(teacher, tmp_path, seeds=1)
+    assert not c.failed and hashes(c) == {k: v for k,v in hashes(here).items() if k.endswith('seed0')}
+
+
+def test_a_pair_without_feature_maps_is_compared_on_methods_that_need_none(tmp_path):
+    t = run(RECIPE, 'digits', None, 'test_compare:mlp', 'alone', 0, tmp_path/'teacher', progress=False, keep_student=True)
+    pair = f"test_compare:mlp@{tmp_path/'teacher'/'student.safetensors'}", 'test_compare:mlp'
+    assert t['status'] == 'finished' and run(RECIPE, 'digits', *pair, 'kd', 0, tmp_path/'kd', progress=False)['taps'][0]['kind'] == 'logits'
+    c = grid(None, tmp_path/'c', pairs=[pair], methods=['alone', 'kd'], seeds=1, executor='here')
+    assert not c.failed and len(c.manifests) == 2
+    with pytest.raises(ValueError, match='no module that gives a feature map'): grid(None, tmp_path/'d', pairs=[pair], methods=['alone', 'fitnet'], seeds=1, executor='here')
+
+
+def test_one_place_decides_the_device(teacher, tmp_path, monkeypatch):
+    "What a run trains on is what its teacher is measured on"
+    from diffkd_nb import run as runs, setup
+    from diffkd_nb.task import Classification
+    asked, seen, evaluate, learner = [], [], Classification.evaluate, runs.learner
+    monkeypatch.setattr(setup, 'choose_device', lambda device=None: asked.append(device) or torch.device('cpu:0'))
+    monkeypatch.setattr(Classification, 'evaluate', lambda self, model, data, device='cpu', *a, **k: seen.append(device) or evaluate(self, model, data, device, *a, **k))
+    monkeypatch.setattr(runs, 'learner', lambda *a: (l := learner(*a), seen.append(l.dls.device))[0])
+    grid(teacher, tmp_path, methods=['dkd'], seeds=1, executor='here')
+    assert len(seen) == 2 and set(seen) == {torch.device('cpu:0')} and set(asked) == {None}
+
+
+def test_no_module_of_unix_is_needed_to_record_a_run():
+    code = "import sys; sys.modules['resource'] = None; import diffkd_nb.record as r; r.re.search = lambda *a: None; assert r.peak_memory() is None"
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
 
 
 def test_a_finished_cell_of_other_settings_is_not_taken(teacher, tmp_path):
@@ -147,14 +196,14 @@ def test_ray_cluster_of_two_workers(teacher, here, tmp_path):
         ray.init(address=cluster.address, log_to_driver=False)
         assert len([n for n in ray.nodes() if n['Alive']]) == 2
         c = grid(teacher, tmp_path, executor='ray')
-        assert not c.failed and hashes(c) == hashes(here) and not (tmp_path/'.grid').exists()
+        assert not c.failed and hashes(c) == hashes(here) and not list(tmp_path.rglob('.grid'))
     finally: ray.shutdown(); cluster.shutdown()
 
 
 def test_ray_worker_that_does_not_see_the_folder(teacher, here, tmp_path, monkeypatch):
-    from diffkd_nb import experiment
+    from diffkd_nb.grid import _ray_cell
     monkeypatch.setenv('HOME', str(tmp_path/'home'))
-    job = dict(recipe=RECIPE.to_dict(), data='digits', teacher=teacher, student='small:4', method='alone', seed=0, out=str(tmp_path/'elsewhere'), root=str(tmp_path), threads=1, options={})
-    error, files = experiment._ray_cell(job, str(tmp_path/'no such token'))
+    setup, job = Setup(RECIPE, 'digits', 'small:4'), Job(tmp_path/'elsewhere', threads=1)
+    error, files = _ray_cell(setup.to_dict(), job.to_dict(), str(tmp_path/'no such token'))
     assert error is None and set(files) == {'manifest.json', 'log.csv', 'student.safetensors'} and not (tmp_path/'elsewhere').exists()
     assert json.loads(files['manifest.json'])['student_hash'] == hashes(here)['small_4-from-small_8/alone/seed0']
