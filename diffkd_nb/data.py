@@ -47,7 +47,7 @@ _CIFAR = {
     'cifar100': dict(label=1, row=3074, n=100, train='train.bin', test='test.bin', names='fine_label_names.txt',
                      cls=datasets.CIFAR100)}
 
-# %% ../nbs/11c_data.ipynb #8d94c8f1
+# %% ../nbs/11c_data.ipynb #1dad0792
 def _binary_rows(files, kind):
     "All rows of binary files, checked"
     c = _CIFAR[kind]
@@ -61,6 +61,7 @@ def _binary_rows(files, kind):
                          f"is it the binary version of {kind}?")
     return rows
 
+# %% ../nbs/11c_data.ipynb #630f76bc
 def _cifar_binary(folder, kind):
     "Images and labels of both splits, and the names of the classes, from the official binary files"
     c, found = _CIFAR[kind], []
@@ -74,7 +75,7 @@ def _cifar_binary(folder, kind):
     names = folder/c['names']
     return found, names.read_text().split() if names.is_file() else []
 
-# %% ../nbs/11c_data.ipynb #0abe26ac
+# %% ../nbs/11c_data.ipynb #2658c9d8
 def _cifar_python(folder, kind, download):
     "The same from the official pickles, through torchvision (which checks their sums)"
     found, cls = [], _CIFAR[kind]['cls']
@@ -90,6 +91,7 @@ def _cifar_python(folder, kind, download):
         found += [torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)]
     return found, d.classes
 
+# %% ../nbs/11c_data.ipynb #a0d121f0
 def _cifar_folders(folder, kind):
     "The same from folders of PNG"
     splits, n = class_folders(folder, deep=True), _CIFAR[kind]['n']
@@ -99,7 +101,7 @@ def _cifar_folders(folder, kind):
                          f"expected {n} of (32, 32) for {kind}.")
     return found, names
 
-# %% ../nbs/11c_data.ipynb #a28f0302
+# %% ../nbs/11c_data.ipynb #eaa5e201
 def _few(y, limit):
     "Indices of the first `limit` samples of each class, all without a limit"
     if not limit: return torch.arange(len(y))
@@ -109,12 +111,12 @@ def _selected(found, limit, holdout):
     "Images and labels of training and validation: the first of each class, the last held out"
     x, y, xv, yv = found
     i, j = _few(y, limit), _few(yv, limit)
-    if holdout:
-        last = len(y) - 1 - _few(y.flip(0), holdout)
-        xv, yv, i, j = x, y, i[~torch.isin(i, last)], last.sort().values
-    return x[i], y[i], xv[j], yv[j]
+    if not holdout: return x[i], y[i], xv[j], yv[j]
+    last = (len(y) - 1 - _few(y.flip(0), holdout)).sort().values
+    i = i[~torch.isin(i, last)]
+    return x[i], y[i], x[last], y[last]
 
-# %% ../nbs/11c_data.ipynb #ef894135
+# %% ../nbs/11c_data.ipynb #17e197c7
 def cifar_data(
     kind:str, # `'cifar10'` or `'cifar100'`
     folder:Path, # Holds the binary files, the pickles, or train/ and test/ with folders of PNG
@@ -133,6 +135,7 @@ def cifar_data(
     return ImageArrays(x, y, xv, yv, names, f'{kind}{few}{held} ({len(x):,} for training)',
                        data_spec(kind, folder, limit=limit, holdout=holdout), STATS[kind])
 
+# %% ../nbs/11c_data.ipynb #5f659623
 def _read_cifar(folder, kind, download):
     "Images, labels and class names in whichever layout the folder has"
     c = _CIFAR[kind]
@@ -143,7 +146,7 @@ def _read_cifar(folder, kind, download):
     raise InputError(f"{folder} holds no {kind}: expected {c['train']} and {c['test']}, or {c['cls'].base_folder}/, "
                      "or train/ and test/ with class folders. download=True fetches it.")
 
-# %% ../nbs/11c_data.ipynb #b925d5c7
+# %% ../nbs/11c_data.ipynb #41b8b467
 def _options(spec, query):
     "Whole numbers by name, from `'limit=N&size=N'`"
     opts = {}
@@ -155,6 +158,7 @@ def _options(spec, query):
         opts[k] = int(v)
     return opts
 
+# %% ../nbs/11c_data.ipynb #843925a7
 def _guess(folder, spec):
     "Which layout a bare folder has"
     if not folder.is_dir():
@@ -165,7 +169,7 @@ def _guess(folder, spec):
         if any(folder.glob(c['train'])) or (folder/base).is_dir() or folder.name == base: return kind
     return 'folder'
 
-# %% ../nbs/11c_data.ipynb #57c92798
+# %% ../nbs/11c_data.ipynb #29459e94
 def open_data(
     spec, # A description (see the table), a folder, or data itself
     download:bool=False # Fetch CIFAR, checked by its sums, where the folder holds none
@@ -182,6 +186,7 @@ def open_data(
         raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {holds} in it.")
     return _open_kind(kind, Path(path), opts, download, spec)
 
+# %% ../nbs/11c_data.ipynb #74b7fa91
 def _open_kind(kind, folder, opts, download, spec):
     if kind not in _CIFAR:
         if 'holdout' in opts: raise InputError(f"{spec}: holdout=N is for cifar10:FOLDER and cifar100:FOLDER.")

@@ -46,7 +46,7 @@ class Data:
         "What exactly the data is"
         raise NotImplementedError(f'{type(self).__name__} must say what it is')
 
-# %% ../nbs/11b_images.ipynb #370fafbf
+# %% ../nbs/11b_images.ipynb #978bc152
 @patch
 def example(self:Data,
     n:int=2 # Samples, at most all of validation
@@ -65,6 +65,7 @@ def data_spec(
     asked = '&'.join(f'{k}={v}' for k,v in options.items() if v)
     return f'{kind}:{folder}' + (f'?{asked}' if asked else '')
 
+# %% ../nbs/11b_images.ipynb #9855ab2f
 @patch
 def _check_batch(self:Data, batch_size):
     if batch_size > self.n_train:
@@ -90,7 +91,7 @@ class ImageArrays(Data):
     n_train = property(lambda self: len(self.x))
     n_valid = property(lambda self: len(self.xv))
 
-# %% ../nbs/11b_images.ipynb #da416f1d
+# %% ../nbs/11b_images.ipynb #964b4b81
 @patch
 def _check(self:ImageArrays):
     "Refuse what are no labelled images; bring the normalisation into plain numbers"
@@ -100,16 +101,19 @@ def _check(self:ImageArrays):
                              f"got {x.dtype} {tuple(x.shape)} and {len(y)} labels.")
     object.__setattr__(self, 'stats', as_floats(_own_stats(self.x) if self.stats is None else self.stats))
 
+# %% ../nbs/11b_images.ipynb #f8c9ddcf
 def _own_stats(x):
     "Mean and standard deviation per channel, in pieces that fit any memory"
-    n = s = q = 0
+    total = squares = 0
     for piece in x.split(4096):
         p = piece.double()/255
-        n, s, q = n + p.numel()/p.shape[1], s + p.sum((0, 2, 3)), q + (p*p).sum((0, 2, 3))
-    mean = s/n
-    return mean, (q/n - mean**2).clamp_min(1e-6).sqrt()
+        total = total + p.sum((0, 2, 3))
+        squares = squares + (p*p).sum((0, 2, 3))
+    n = x.numel()/x.shape[1]
+    mean = total/n
+    return mean, (squares/n - mean**2).clamp_min(1e-6).sqrt()
 
-# %% ../nbs/11b_images.ipynb #f17d3a54
+# %% ../nbs/11b_images.ipynb #d0581d04
 @patch
 def dls(self:ImageArrays,
     batch_size:int=64, # Images per step
@@ -125,6 +129,7 @@ def dls(self:ImageArrays,
     return DataLoaders(ArrayDL(train, self.stats, views, seed, bs=batch_size, shuffle=True, drop_last=True),
                        ArrayDL(valid, self.stats, None, seed, bs=eval_batch or 4*batch_size), device=dev)
 
+# %% ../nbs/11b_images.ipynb #55d31f27
 @patch
 def hash(self:ImageArrays) -> str: # `'pixels:'` and 64 hexadecimal digits
     "SHA-256 of images, labels, class names and normalisation"
@@ -182,14 +187,15 @@ def _tell_corrupt(bad, corrupt):
     if corrupt == 'stop': raise InputError(text + '. Remove or repair, or go on without with --corrupt skip.')
     print(f'Left out: {text}', file=sys.stderr)
 
-# %% ../nbs/11b_images.ipynb #537fb8b9
+# %% ../nbs/11b_images.ipynb #c8f040eb
 def read_splits(
     splits:tuple, # From `class_folders`
     size:int|None, # Side in pixels; None keeps the size, which must be the same for all
     corrupt:str='stop' # What to do with images that cannot be read: `'stop'` or `'skip'`
 ) -> list: # Images and labels of training, then of validation
     "Read all images with a progress bar"
-    found, bad, empty = [], [], torch.empty(0, 3, size or 1, size or 1, dtype=torch.uint8)
+    found, bad = [], []
+    empty = torch.empty(0, 3, size or 1, size or 1, dtype=torch.uint8)
     for files in splits:
         xs, ys = [], []
         for f,c in progress_bar([(f, c) for c,name in enumerate(splits[0]) for f in files.get(name, [])]):
@@ -239,7 +245,7 @@ class ImageFolder(Data):
         few = f', {self.limit} a class' if self.limit else ''
         return f'{self.folder.name} ({self.size} px{few})'
 
-# %% ../nbs/11b_images.ipynb #c2063bce
+# %% ../nbs/11b_images.ipynb #c06315be
 @patch
 def _find(self:ImageFolder):
     "List the files"
@@ -251,6 +257,7 @@ def _find(self:ImageFolder):
     object.__setattr__(self, 'folder', folder)
     object.__setattr__(self, 'files', tuple({c: fs[:self.limit] for c,fs in files.items()} for files in splits))
 
+# %% ../nbs/11b_images.ipynb #e01e77af
 @patch
 def split(self:ImageFolder,
     i:int # 0 training, 1 validation
@@ -259,7 +266,7 @@ def split(self:ImageFolder,
     fs = [(str(f), c) for c,name in enumerate(self.classes) for f in self.files[i].get(name, [])]
     return [f for f,_ in fs], torch.tensor([c for _,c in fs], dtype=torch.long)
 
-# %% ../nbs/11b_images.ipynb #013f221a
+# %% ../nbs/11b_images.ipynb #b505e687
 @patch
 def dls(self:ImageFolder,
     batch_size:int=64, # Images per step
@@ -277,6 +284,7 @@ def dls(self:ImageFolder,
     return DataLoaders(FileDL(train, bs=batch_size, shuffle=True, drop_last=True, **kw),
                        FileDL(valid, bs=eval_batch or 2*batch_size, **kw), device=device)
 
+# %% ../nbs/11b_images.ipynb #0ba665c1
 @patch
 def _files(self:ImageFolder, i, names):
     "One split as a dataset"

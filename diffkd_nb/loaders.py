@@ -75,14 +75,17 @@ def show_batch(self:SeededDL,
         title = names[int(label)] if names else int(label)
         show_image((img.cpu()*std + mean).clamp(0, 1), ctx=a, title=title, **kwargs)
 
-# %% ../nbs/11a_loaders.ipynb #0014aa32
+# %% ../nbs/11a_loaders.ipynb #d5b29420
 class ArrayDataset:
     "Images and labels in memory"
     def __init__(self,
         x:Tensor, # Images (N, C, H, W), uint8
         y:Tensor, # Labels (N,)
         classes:Sequence=() # Names of the classes
-    ): self.x,self.y,self.classes = x,y,list(classes)
+    ):
+        self.x,self.y = x,y
+        self.classes = list(classes)
+
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
     def new_empty(self): return ArrayDataset(self.x[:0], self.y[:0], self.classes)
@@ -103,10 +106,11 @@ class ArrayDL(SeededDL):
         self.drawn = self.views.draw(self.n, g) if self.views else None
         return order.tolist()
 
-# %% ../nbs/11a_loaders.ipynb #31211506
+# %% ../nbs/11a_loaders.ipynb #2482def3
 @patch
 def create_batches(self:ArrayDL, samps):
-    x, y, order, bs = self.dataset.x, self.dataset.y, torch.tensor(list(samps), dtype=torch.long), self.bs or 1
+    x, y, bs = self.dataset.x, self.dataset.y, self.bs or 1
+    order = torch.tensor(list(samps), dtype=torch.long)
     if self.drop_last: order = order[:len(order)//bs*bs]
     views = None if self.drawn is None else self.drawn[order]
     i, v = order.to(x.device), None if views is None else views.to(x.device)    # once an epoch; no waiting after this
@@ -124,7 +128,7 @@ def _prepare(self:ArrayDL, x, view):
     mean, std = channel_tensors(self.stats, x.device, torch.float32)
     return ((x if view is None else apply_views(x, view, self.views)).float()/255 - mean)/std
 
-# %% ../nbs/11a_loaders.ipynb #adc9f313
+# %% ../nbs/11a_loaders.ipynb #76f14591
 class FileDataset:
     "Image files as bytes; the augmentation of a sample depends on `epoch_seed` and its index alone"
     def __init__(self,
@@ -134,8 +138,11 @@ class FileDataset:
         erasing:v2.RandomErasing|None=None, # Drawn here, done by the loader
         classes:Sequence=() # Names of the classes
     ):
-        self.files,self.y,self.classes = files,labels,list(classes)
-        self.transform,self.erasing,self.epoch_seed = transform,erasing,0
+        self.files,self.y = files,labels
+        self.classes = list(classes)
+        self.transform,self.erasing = transform,erasing
+        self.epoch_seed = 0
+
     def __len__(self): return len(self.files)
     def new_empty(self): return FileDataset([], self.y[:0], self.transform, self.erasing, self.classes)
 

@@ -371,7 +371,7 @@ def library_of(
     if kind not in ('timm', 'small') and bare in torchvision.models.list_models(): return 'torchvision', bare
     return None, bare
 
-# %% ../nbs/12_models.ipynb #73e03e69
+# %% ../nbs/12_models.ipynb #3173b22f
 def make_model(
     name:str, # See the table
     n_classes:int, # Outputs
@@ -392,6 +392,7 @@ def make_model(
     if library == 'torchvision': return _from_torchvision(own, n_classes, in_chans)
     raise InputError(_no_model(name, own))
 
+# %% ../nbs/12_models.ipynb #9b05b459
 def _no_model(name, bare):
     "The message for an unknown name"
     known = [*MODELS, *timm.list_models(), *torchvision.models.list_models()]

@@ -150,7 +150,7 @@ def _check(self:Recipe):
     momentum = self.optimizer == 'sgd' and self.momentum > 0
     need(not self.nesterov or momentum, 'nesterov', 'False unless the optimizer is sgd with momentum')
 
-# %% ../nbs/13_recipes.ipynb #fd201b53
+# %% ../nbs/13_recipes.ipynb #5258f658
 _names = ', '.join(f.name for f in fields(Recipe))
 
 @patch
@@ -162,6 +162,7 @@ def replace(self:Recipe,
         raise InputError(f"a recipe has no {', '.join(unknown)}: its fields are {_names}.")
     return _replace(self, **kw)
 
+# %% ../nbs/13_recipes.ipynb #7d92db91
 @patch
 def scaled(self:Recipe,
     epochs:int # New length
@@ -172,7 +173,7 @@ def scaled(self:Recipe,
     return self.replace(name=f'{self.name} over {epochs} epochs', epochs=epochs,
                         schedule=self.schedule.scaled(by), warmup=self.warmup*by)
 
-# %% ../nbs/13_recipes.ipynb #742881ba
+# %% ../nbs/13_recipes.ipynb #36eab4b3
 @patch
 def to_dict(self:Recipe) -> dict:
     "Plain values, for JSON"
@@ -180,6 +181,7 @@ def to_dict(self:Recipe) -> dict:
     schedule = {'kind': type(self.schedule).__name__, **asdict(self.schedule)}
     return {**d, 'augmentation': list(self.augmentation), 'schedule': schedule}
 
+# %% ../nbs/13_recipes.ipynb #5920cc4b
 @patch(cls_method=True)
 def from_dict(cls:Recipe,
     d:dict # Fields; those with a default may be missing
@@ -207,7 +209,7 @@ def _schedule(d):
         own = ', '.join(f.name for f in fields(known)) or 'none'
         raise InputError(f"schedule {d!r}: {kind} has the fields {own}.") from None
 
-# %% ../nbs/13_recipes.ipynb #8e97a0ff
+# %% ../nbs/13_recipes.ipynb #199f38ab
 _SHOWN = dict(sgd='SGD', rmsprop='RMSProp', adamw='AdamW', adam='Adam')
 
 def _dash(v): return f'{v:g}' if v else '-'
@@ -225,6 +227,7 @@ def row(self:Recipe) -> dict: # Columns of the paper's table 1, and the rest und
             'augmentation': ' + '.join([*names, *mixing]) or '-', 'momentum': momentum, 'warm-up': _dash(self.warmup),
             'clip': _dash(self.clip), 'drop path': _dash(self.drop_path)}
 
+# %% ../nbs/13_recipes.ipynb #b852dc05
 @patch
 def __str__(self:Recipe):
     row = self.row()

@@ -76,7 +76,7 @@ def _grid(n, aspect):
     h = round(math.sqrt(n*aspect)) if n > 0 else 0
     return (h, n//h) if h and n % h == 0 and abs(math.log(h/(n//h)/aspect)) < 0.5/h + 1e-6 else None
 
-# %% ../nbs/00_taps.ipynb #e12943d5
+# %% ../nbs/00_taps.ipynb #200503cf
 def find_layout(
     x:Tensor, # Output of the tapped module
     aspect:float|None=1., # Height over width of the input image; None where the input is no picture
@@ -93,6 +93,12 @@ def find_layout(
     raise ValueError(f"cannot read an output of shape {tuple(x.shape)} as a feature map: expected (B, C), "
                      "(B, C, H, W), (B, H, W, C) or (B, N, C) with N a grid of patches. Tap another module.")
 
+def _is_channels_last(x, aspect, module):
+    if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (x.shape[-1],): return True
+    off = lambda h,w: abs(math.log(h/w/aspect))
+    return off(x.shape[1], x.shape[2]) < off(x.shape[2], x.shape[3])
+
+# %% ../nbs/00_taps.ipynb #603fdabf
 def _is_channels_last(x, aspect, module):
     if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (x.shape[-1],): return True
     off = lambda h,w: abs(math.log(h/w/aspect))
@@ -144,11 +150,29 @@ def dry_run(
         for h in hooks: h.remove()
     return records
 
-# %% ../nbs/00_taps.ipynb #31dfc59a
+# %% ../nbs/00_taps.ipynb #94b2e4de
 def _is_pool(m): return 'pool' in type(m).__name__.lower()
 def _is_global_pool(m): return _is_pool(m) and any(w in type(m).__name__.lower() for w in ('adaptive', 'global'))
 def _passes_through(m): return isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)) or 'Dropout' in type(m).__name__
 
+def _is_map(r):
+    "Whether a record has the form of a map, and is not what a pooling or a dropout made of one"
+    shaped = bool(r.name) and isinstance(r.output, Tensor) and r.output.dim() in (3, 4)
+    return shaped and not _is_pool(r.module) and not _passes_through(r.module)
+
+def _shapes_differ(records):
+    "Names of modules that ran more than once and gave different shapes, with these shapes"
+    shapes = {}
+    for r in records:
+        if isinstance(r.output, Tensor): shapes.setdefault(r.name, {})[tuple(r.output.shape)] = True
+    return {name: [*s] for name,s in shapes.items() if len(s) > 1}
+
+def _extent(r):
+    "Number of positions of a map, in the reading that has fewer"
+    s = r.output.shape
+    return s[1] if len(s) == 3 else min(s[1]*s[2], s[2]*s[3])
+
+# %% ../nbs/00_taps.ipynb #82940f5a
 def _is_map(r):
     "Whether a record has the form of a map, and is not what a pooling or a dropout made of one"
     shaped = bool(r.name) and isinstance(r.output, Tensor) and r.output.dim() in (3, 4)
@@ -181,13 +205,25 @@ def last_feature(
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return records[max(i for i in maps if not pools or i < pools[-1])].name
 
-# %% ../nbs/00_taps.ipynb #f1ceaca1
+# %% ../nbs/00_taps.ipynb #e2870484
 def _map_size(model, r, aspect):
     "(h, w) of a record that is a map of more than one position, None for anything else"
     if not _is_map(r): return None
     try: size = tuple(to_map(r.output, _layout_in(model, r.module, r.output, aspect)).shape[2:])
     except ValueError: return None
     return size if math.prod(size) > 1 else None
+
+# %% ../nbs/00_taps.ipynb #d9ecd17c
+def _layout_in(model, module, out, aspect):
+    "Layout of a module's output in a model that may tell its prefix tokens"
+    return find_layout(out, aspect, module, getattr(model, 'num_prefix_tokens', None) if out.dim() == 3 else None)
+
+# %% ../nbs/00_taps.ipynb #4ff60286
+def _block(names):
+    "The last of the outermost modules that hold at least half of what works at a size"
+    within = {n: sum(m == n or m.startswith(n+'.') for m in names) for n in names}
+    big = [n for n in names if 2*within[n] >= max(within.values())]
+    return [n for n in big if n.count('.') == min(m.count('.') for m in big)][-1]
 
 def _layout_in(model, module, out, aspect):
     "Layout of a module's output in a model that may tell its prefix tokens"
@@ -267,7 +303,7 @@ def check_pair(
         raise ValueError(f"teacher and student share {len(both)} parameters, "
                          f"so training the student would change the teacher: {few}. Pass a copy of the teacher.")
 
-# %% ../nbs/00_taps.ipynb #a82801fd
+# %% ../nbs/00_taps.ipynb #b52fadc7
 def _output(model, records, name, role):
     "The module called `name` and the tensor that it gave in a dry run"
     module, out = get_module(model, name, role), next((r.output for r in records[::-1] if r.name == name), None)
@@ -281,6 +317,7 @@ def _output(model, records, name, role):
                          f"different shapes ({', '.join(map(str, shapes[:3]))}): tap a module that runs once.")
     return module, out
 
+# %% ../nbs/00_taps.ipynb #12be775d
 def _place(model, records, name, role, aspect, kind):
     "One side of a tap, checked"
     module, out = _output(model, records, name, role)
@@ -305,7 +342,17 @@ def _run(model, role, xb):
         raise ValueError(f"the {role} ({type(unwrap(model)).__name__}) fails on a batch of shape {shapes}: {e}. "
                          "It must take the same input as the Learner's model.") from e
 
-# %% ../nbs/00_taps.ipynb #f6006af3
+# %% ../nbs/00_taps.ipynb #6861aec6
+def _as_list(taps):
+    "What was asked for as a list, with the default where nothing was"
+    if taps is None: return ['feature', 'logits']
+    if isinstance(taps, str) or not isinstance(taps, Sequence):
+        raise ValueError("taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], "
+                         f"got {taps!r}.")
+    if len(taps): return taps
+    raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
+
+# %% ../nbs/00_taps.ipynb #e3a8b91b
 def _as_list(taps):
     "What was asked for as a list, with the default where nothing was"
     if taps is None: return ['feature', 'logits']
@@ -326,6 +373,7 @@ def _requests(taps, s_rec, t_rec, stages):
             for i,(s,u) in enumerate(pairs): yield f'{t[:-1]}{i+1}', 'feature', s, u
         else: yield _named(t)
 
+# %% ../nbs/00_taps.ipynb #0304d594
 def _named(t):
     "A request by the names of two modules"
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
@@ -391,14 +439,15 @@ def _size(p):
     shape = ' x '.join(map(str, p.shape if p.shape[1:] != (1, 1) else p.shape[:1]))
     return shape + ('' if p.layout.kind in ('map', 'vector') else f' ({p.layout.kind})')
 
-# %% ../nbs/00_taps.ipynb #e7613563
+# %% ../nbs/00_taps.ipynb #91a9b4e2
 class Capture:
     "Keeps the outputs of tapped modules; a context manager, or `attach` and `detach`"
     def __init__(self,
         model:nn.Module, # Model to watch
         places:Mapping[str,Place] # Tap name to place
     ):
-        self.out,self.handles,self.layouts = {},[],{n: p.layout for n,p in places.items()}
+        self.out,self.handles = {},[]
+        self.layouts = {n: p.layout for n,p in places.items()}
         modules = {n: get_module(model, p.name) for n,p in places.items()}
         self.hooks = [(m, self._hook(n, m)) for n,m in modules.items()]
 
@@ -411,7 +460,7 @@ class Capture:
     def __enter__(self): return self.attach()
     def __exit__(self, *exc): self.detach()
 
-# %% ../nbs/00_taps.ipynb #b9848a6b
+# %% ../nbs/00_taps.ipynb #640be7ec
 @patch
 def attach(self:Capture):
     "Put the hooks in place"
@@ -426,6 +475,7 @@ def detach(self:Capture):
     self.handles = []
     self.out.clear()
 
+# %% ../nbs/00_taps.ipynb #8a6b544c
 @patch
 def take(self:Capture) -> tuple[dict,dict]: # Tap name to the module's own output, tap name to (B, C, H, W)
     "What was captured, also as maps, and forget it"

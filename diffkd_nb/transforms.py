@@ -149,7 +149,7 @@ def make_augmentation(
     except (ValueError, AssertionError, KeyError) as e:
         raise InputError(f"augmentation {name!r} is not understood: {e}.") from None
 
-# %% ../nbs/11_transforms.ipynb #c92691c4
+# %% ../nbs/11_transforms.ipynb #6473436e
 def _resizing(augmentations):
     "The interpolation that `'crop'` or `'crop:bicubic'` asks for, in training and validation"
     how = next((a.partition(':')[2] for a in augmentations if a.partition(':')[0] == 'crop'), '') or 'bilinear'
@@ -157,6 +157,7 @@ def _resizing(augmentations):
         raise InputError(f"augmentation 'crop:{how}' is not understood: expected 'crop' or 'crop:bicubic'.")
     return v2.InterpolationMode(how)
 
+# %% ../nbs/11_transforms.ipynb #b72119ce
 def image_transform(
     size:int, # Side that the network sees
     augmentations:tuple, # Names; `'crop:bicubic'` decides about validation too

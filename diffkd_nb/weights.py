@@ -63,7 +63,7 @@ def read_weights(
     sd = next((sd[k] for k in ('state_dict', 'model', 'model_state_dict') if isinstance(sd.get(k), Mapping)), sd)
     return {k.removeprefix('module.'): v for k,v in sd.items() if isinstance(v, Tensor)}
 
-# %% ../nbs/12a_weights.ipynb #234e64da
+# %% ../nbs/12a_weights.ipynb #a6c2a48d
 def _misfits(own, sd):
     "What keeps the weights `sd` from the state `own`, in words"
     few = lambda names: ', '.join(sorted(names)[:4]) + (', ...' if len(names) > 4 else '')
@@ -73,6 +73,7 @@ def _misfits(own, sd):
     found = dict(missing=lacks, unexpected=set(sd) - set(own)) | {'other shape': shape}
     return '; '.join(f'{what}: {few(names)}' for what,names in found.items() if names)
 
+# %% ../nbs/12a_weights.ipynb #f2c0f659
 def load_weights(
     model:nn.Module, # Model of the same shape
     path:Path # See `read_weights`; half precision is converted
@@ -118,7 +119,7 @@ class Published(NamedTuple):
     fixed:bool # Whether the model takes this size only
     n_classes:int # Outputs
 
-# %% ../nbs/12a_weights.ipynb #b937d48a
+# %% ../nbs/12a_weights.ipynb #2fdb662c
 def _timm_weights(name, bare, tag):
     c = timm.get_pretrained_cfg(bare)
     if tag != 'pretrained':
@@ -131,6 +132,7 @@ def _timm_weights(name, bare, tag):
     return Published(full, 'timm', tag, f'{full}.safetensors', url, (tuple(c.mean), tuple(c.std)), c.input_size[-1],
                      bool(c.fixed_input_size), c.num_classes)
 
+# %% ../nbs/12a_weights.ipynb #2f0899bb
 def _torchvision_weights(name, bare, tag):
     known = torchvision.models.get_model_weights(bare)
     names = [w.name for w in known]
@@ -155,7 +157,7 @@ def published_weights(
     raise InputError(f"{tag} is not a file, and nobody publishes weights of {name!r} "
                      f"(timm and torchvision do for theirs): give {name}@FILE.safetensors.")
 
-# %% ../nbs/12a_weights.ipynb #9769c5b0
+# %% ../nbs/12a_weights.ipynb #0e4c5288
 def load_published(
     p:Published, # From `published_weights`
     folder:Path|None=None # Where files are looked for first
@@ -172,6 +174,7 @@ def load_published(
                          f"Get {p.url}, put it into a folder as {p.file}, "
                          "and name the folder (weights=FOLDER, --weights FOLDER).") from None
 
+# %% ../nbs/12a_weights.ipynb #26a69a5d
 def _from_file(p, f):
     if p.library == 'timm': return timm.create_model(p.name, pretrained=True, pretrained_cfg_overlay=dict(file=str(f)))
     return load_weights(torchvision.models.get_model(p.name, weights=None, num_classes=p.n_classes), f)
@@ -226,11 +229,12 @@ def teacher_source(
     is_file = what.endswith(('.safetensors', *_TORCH)) or Path(what).is_file()
     return None if is_file else published_weights(name, what)
 
-# %% ../nbs/12a_weights.ipynb #9dc8617e
+# %% ../nbs/12a_weights.ipynb #63d45074
 def _file_outputs(model, f):
     "Number of outputs of the classifier in a file of weights, 0 where it has none"
     return len(read_weights(f).get(classifier(model)[0] + '.weight', ()))
 
+# %% ../nbs/12a_weights.ipynb #fe775561
 def trained_model(
     spec:str, # See `teacher_source`
     classes:list, # Names of the data's classes

@@ -254,3 +254,13 @@ def test_verify_resizes_as_the_run_did(photos, tmp_path):
     assert report and all(c.ok for c in report), str(report)
     model, d = load_weights(make_model('resnet8', 2, 3, 32), tmp_path/'o'/'student.safetensors'), open_data(f'folder:{photos}?size=32')
     assert evaluate(model, d, num_workers=0) != evaluate(model, d, augmentation=recipe.augmentation, num_workers=0)
+
+
+@pytest.mark.parametrize('kind', ['digits', 'arrays', 'folder'])
+def test_an_example_is_what_validation_shows_and_draws_nothing(kind, photos):
+    d = open_data('digits' if kind == 'digits' else f'{kind}:{photos}?size=32')
+    state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    x, = d.example(3)
+    assert random.getstate() == state[0] and (np.random.get_state()[1] == state[1]).all() and torch.equal(torch.get_rng_state(), state[2])
+    assert x.shape == (3, d.channels, d.size, d.size) and torch.equal(x, next(iter(make_dls(d, 2, ()).valid))[0][:3])
+    assert d.task == 'classification' and isinstance(d, data.Data)
