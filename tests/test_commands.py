@@ -1,25 +1,40 @@
-"The installed commands as a user runs them"
+"The installed commands as a user runs them: the functions that their scripts call, in workers, and two of the scripts themselves"
 import json, os, signal, subprocess, sys, time
+from importlib.metadata import distribution
 from pathlib import Path
 import pytest
+import workers
 
-BIN = Path(sys.executable).parent
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-
-
-def command(name, *args): return subprocess.run([BIN/name, *map(str, args)], capture_output=True, text=True, env=ENV, timeout=300)
+MAINS = {e.name: e.value for e in distribution('diffkd_nb').entry_points}
 
 
-@pytest.mark.parametrize('name,words', [('diffkd_train', ['--student', '--keep-distiller', 'cifar100:FOLDER', "'dkd:beta=4'", 'examples:']),
-                                        ('diffkd_compare', ['--pair', '--jobs', '--show', 'reviewkd', 'A1, B1, B2, B3']), ('diffkd_verify', ['--files-only', 'exit status'])])
-def test_help(name, words):
+def command(name, *args): return workers.command(MAINS[name], *args)
+
+
+def script(name, *args):
+    return subprocess.run([Path(sys.executable).parent/name, *args], capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'Agg'}, timeout=300)
+
+
+HELP = {'diffkd_train': ['--student', '--keep-distiller', 'cifar100:FOLDER', "'dkd:beta=4'", 'examples:'],
+        'diffkd_compare': ['--pair', '--jobs', '--show', 'reviewkd', 'A1, B1, B2, B3'], 'diffkd_verify': ['--files-only', 'exit status']}
+
+
+@pytest.mark.parametrize('name', HELP)
+def test_help(name):
     r = command(name, '--help')
-    assert r.returncode == 0 and not r.stderr and all(w in r.stdout for w in words)
+    assert r.returncode == 0 and not r.stderr and all(w in r.stdout for w in HELP[name])
+
+
+def test_the_scripts_themselves():
+    r = script('diffkd_train', '--help')
+    assert r.returncode == 0 and not r.stderr and all(w in r.stdout for w in HELP['diffkd_train'])
+    r = script('diffkd_verify', 'nowhere')
+    assert r.returncode == 2 and 'not a folder' in r.stderr and 'Traceback' not in r.stderr
 
 
 def test_train_interrupt_go_on_verify(tmp_path):
-    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '60', '--student', 'small:8', '--method', 'alone', '--out', tmp_path/'o']
-    p = subprocess.Popen([BIN/'diffkd_train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '20', '--student', 'small:8', '--method', 'alone', '--out', tmp_path/'o']
+    p = workers.start_command(MAINS['diffkd_train'], *args)
     while not (tmp_path/'o'/'checkpoint.pt').is_file(): assert p.poll() is None, p.communicate(); time.sleep(.01)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
@@ -28,7 +43,7 @@ def test_train_interrupt_go_on_verify(tmp_path):
     r = command('diffkd_train', *args)
     assert r.returncode == 0 and '% in the last epoch' in r.stdout, r.stderr
     m = json.loads((tmp_path/'o'/'manifest.json').read_text())
-    assert m['cost']['resumed_at_epoch'] and m['settings']['recipe']['epochs'] == 60
+    assert m['cost']['resumed_at_epoch'] and m['settings']['recipe']['epochs'] == 20
     again = command('diffkd_train', *args)
     assert again.returncode == 0 and json.loads((tmp_path/'o'/'manifest.json').read_text()) == m
     ok = command('diffkd_verify', tmp_path/'o')

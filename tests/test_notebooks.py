@@ -1,0 +1,28 @@
+"Every notebook runs from top to bottom, each in a process of its own"
+import os, sys
+from pathlib import Path
+import pytest
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+import workers
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = get_config(ROOT)
+NOTEBOOKS = sorted(nbglob(CONFIG.nbs_path, as_path=True))
+FLAGS = os.environ.get('NB_FLAGS', '').split()      # cells to run that are normally left out, such as slow
+
+
+def run(path):
+    "What `nbdev-test` does with one notebook"
+    from nbdev.test import test_nb
+    passed, _ = test_nb(path, skip_flags=CONFIG.tst_flags.split(), force_flags=FLAGS, basepath=ROOT)
+    return 0 if passed else 'A cell failed.'
+
+
+def test_there_are_notebooks(): assert len(NOTEBOOKS) > 20
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path):
+    done = workers.call(run, path, timeout=1800, cwd=CONFIG.nbs_path, join=True)
+    assert done.returncode == 0, done.stdout[-6000:]
