@@ -25,7 +25,7 @@ from .tasks import get_task, task_of
 # %% auto #0
 __all__ = ['FULL_DATA', 'compare', 'Comparison']
 
-# %% ../nbs/27_comparison.ipynb #942a4b5b
+# %% ../nbs/27_comparison.ipynb #0991f5f5
 def _check_plans(setups, sources):
     "Tell about a teacher, student or tap that cannot work before anything is trained"
     seen = set()
@@ -40,7 +40,8 @@ def _check_finished(runs, sources):
     for setup,job in runs:
         old = json.loads((job.out/'manifest.json').read_text())['settings']
         if not (other := setup.open(sources).differs(old)): continue
-        raise InputError(f"{job.out} holds a run of other settings ({other}): name another folder for this comparison, or delete it.")
+        raise InputError(f"{job.out} holds a run of other settings ({other}): name another folder for this comparison, "
+                         "or delete it.")
 
 # %% ../nbs/27_comparison.ipynb #453f7a73
 class _Shifted(nn.Module):
@@ -82,7 +83,7 @@ def _rows(out):
     try: return max(0, sum(1 for _ in open(out/'log.csv')) - 1)
     except OSError: return 0
 
-# %% ../nbs/27_comparison.ipynb #86cb67d3
+# %% ../nbs/27_comparison.ipynb #592e27a6
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
@@ -94,11 +95,11 @@ def compare(
     jobs:int=1, # Cells at a time
     threads:int|None=None, # CPU threads of a cell; the machine's cores over `jobs` by default
     executor:str='process', # `'process'`, `'ray'` or `'here'`
-    minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint, and the next call goes on from there
+    minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
-    **options # Further arguments of `run`: taps, teacher_stats, cache, device, amp, channels_last, graph, eval_batch, ...
+    **options # Further arguments of `run`: taps, teacher_stats, cache, device, amp, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
-    "Train every method on every pair with every seed, and compare; call it again to go on after an interruption or to add seeds and methods"
+    "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
     recipe, out = get_recipe(recipe), Path(out)
     _check_call(data, executor, minutes)
@@ -106,24 +107,27 @@ def compare(
     runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, options)
     sources = Sources(options.get('weights'))
     todo = _prepare(list(runs.values()), sources, out)
-    write_whole(out/'grid.json', json.dumps(dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
-                                                 data=sources.data(data).name), indent=1))
+    grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
+                data=sources.data(data).name)
+    write_whole(out/'grid.json', json.dumps(grid, indent=1))
     tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
     failed = EXECUTORS[executor](jobs)(todo, tick, deadline)
     return _finished(out, failed)
 
-# %% ../nbs/27_comparison.ipynb #7e5bc71f
+# %% ../nbs/27_comparison.ipynb #710f5301
 def _check_call(data, executor, minutes):
     "What cannot be a comparison"
     if world_size() > 1: raise InputError("a comparison starts processes of its own: call it without torchrun. "
                                           "One run in several processes is what run() and the command train do.")
     if minutes is not None and executor == 'ray':
-        raise InputError("minutes works with executor='process' or 'here': a cluster's workers are not stopped half-way.")
+        raise InputError("minutes works with executor='process' or 'here': a cluster's workers are not stopped "
+                         "half-way.")
     if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
     if isinstance(data, str): return
     raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, "
                      f"got {type(data).__name__}.")
 
+# %% ../nbs/27_comparison.ipynb #1b99c35a
 def _runs(cells, recipe, data, out, threads, options):
     "Folder of each cell to its setup and job"
     decides, rest = split_options(options)
@@ -139,6 +143,7 @@ def _prepare(runs, sources, out):
     _measure_teachers(runs, sources, out)
     return [r for r in runs if r not in finished]
 
+# %% ../nbs/27_comparison.ipynb #d6420115
 def _finished(out, failed):
     "The comparison, with what failed"
     result = Comparison(out)
@@ -147,14 +152,15 @@ def _finished(out, failed):
     result.save()
     return result
 
-# %% ../nbs/27_comparison.ipynb #977798eb
+# %% ../nbs/27_comparison.ipynb #443db513
 class Comparison:
     "All runs below a folder, as a table, a plot and sentences"
     def __init__(self,
         folder:Path # Made by `compare`
     ):
         self.folder,self.failed = Path(folder),{}
-        if not self.folder.is_dir(): raise InputError(f"{self.folder} is not a folder: expected a comparison made by compare().")
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is not a folder: expected a comparison made by compare().")
         stored = sorted(self.folder.rglob('manifest.json'))
         self.manifests = {f.parent.relative_to(self.folder).as_posix(): json.loads(f.read_text()) for f in stored}
         read = lambda f, default: json.loads(f.read_text()) if f.is_file() else default
@@ -169,8 +175,9 @@ class Comparison:
 
     def _reference(self, asked=None): return str(parse_method(asked or self.grid['reference']))
 
-# %% ../nbs/27_comparison.ipynb #32639b28
-FULL_DATA = {'CIFAR-100': ('cifar100', 50_000, 10_000), 'ImageNet': ('', 1_281_167, 50_000)} # The paper's data sets: start of our name, images of both splits
+# %% ../nbs/27_comparison.ipynb #eb1e2bdc
+FULL_DATA = { # The paper's data sets: start of our name, images of both splits
+    'CIFAR-100': ('cifar100', 50_000, 10_000), 'ImageNet': ('', 1_281_167, 50_000)}
 
 def _whole(m):
     "The paper's data set of which a run saw every image, '' for none"
@@ -180,13 +187,14 @@ def _whole(m):
 def _run_row(folder, m, task, teacher):
     "A run as a row of `Comparison.runs`"
     s, r, c = m['settings'], m['result'], m['cost']
-    memory = math.nan if c['peak_memory_of'] == 'whole process' or c['peak_memory_mb'] is None else c['peak_memory_mb']
+    known = c['peak_memory_of'] != 'whole process' and c['peak_memory_mb'] is not None
     return dict(folder=folder, student=s['student'], teacher=teacher, method=s['method'], seed=s['seed'],
                 **{task.metric: task.scale*r[task.metric]}, best=task.scale*r[f'best_{task.metric}'],
-                ms_per_step=c['ms_per_step'], memory_mb=memory, added_parameters=c['added_parameters'], seconds=c['seconds'],
-                recipe=s['recipe']['name'], data=s['data'], whole=_whole(m))
+                ms_per_step=c['ms_per_step'], memory_mb=c['peak_memory_mb'] if known else math.nan,
+                added_parameters=c['added_parameters'], seconds=c['seconds'], recipe=s['recipe']['name'],
+                data=s['data'], whole=_whole(m))
 
-# %% ../nbs/27_comparison.ipynb #d776e87f
+# %% ../nbs/27_comparison.ipynb #a141d2fe
 @patch(as_prop=True)
 def runs(self:Comparison) -> pd.DataFrame: # One row per finished run; accuracies in percent
     "What each run gave and cost"
@@ -194,11 +202,11 @@ def runs(self:Comparison) -> pd.DataFrame: # One row per finished run; accuracie
     named = {pair(f): m['settings']['teacher'] for f,m in self.manifests.items() if m['settings']['teacher']}
     name = lambda f: named.get(pair(f), pair(f).partition('-from-')[2])
     rows = [_run_row(f, m, self.task, name(f)) for f,m in self.manifests.items()]
-    columns = ['folder', 'student', 'teacher', 'method', 'seed', self.task.metric, 'best', 'ms_per_step', 'memory_mb', 'added_parameters',
-               'seconds', 'recipe', 'data', 'whole']
+    columns = ['folder', 'student', 'teacher', 'method', 'seed', self.task.metric, 'best', 'ms_per_step', 'memory_mb',
+               'added_parameters', 'seconds', 'recipe', 'data', 'whole']
     return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
 
-# %% ../nbs/27_comparison.ipynb #94577592
+# %% ../nbs/27_comparison.ipynb #acf246d3
 @patch
 def _row(self:Comparison, student, teacher, method, runs, base):
     "One row of the table"
@@ -207,14 +215,15 @@ def _row(self:Comparison, student, teacher, method, runs, base):
     seeds = [s for s in values.index if base is not None and s in base.index]
     d, dlow, dhigh, p = paired_test(values[seeds], base[seeds]) if seeds else (nan,)*4
     whole = runs.whole.iloc[0]
-    paper = published(teacher, student, method, whole) if whole else []      # on other data there is nothing to compare with
-    return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(),
-            'sd': values.std(ddof=1) if len(values) > 1 else nan, 'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(),
-            'difference': d, 'difference low': dlow, 'difference high': dhigh, 'pairs': len(seeds), 'p': p,
-            'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.median(),
-            'added parameters': int(runs.added_parameters.max()),
-            'published': paper[0]['value'] if paper else nan, 'source': paper[0]['source'] if paper else ''}
+    paper = published(teacher, student, method, whole) if whole else []      # other data has no figure to stand beside
+    first = paper[0] if paper else dict(value=nan, source='')
+    return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(), 'sd': values.std(),
+            'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(), 'difference': d, 'difference low': dlow,
+            'difference high': dhigh, 'pairs': len(seeds), 'p': p, 'ms per step': runs.ms_per_step.median(),
+            'memory (MB)': runs.memory_mb.median(), 'added parameters': int(runs.added_parameters.max()),
+            'published': first['value'], 'source': first['source']}
 
+# %% ../nbs/27_comparison.ipynb #06674f09
 @patch
 def _order(self:Comparison, runs):
     "Methods of some runs in the order of the grid"
@@ -222,17 +231,18 @@ def _order(self:Comparison, runs):
     place = {m: f.split('/')[-2] for m,f in zip(runs.method, runs.folder)}
     return sorted(sorted(place), key=lambda m: asked.index(place[m]) if place[m] in asked else len(asked))
 
-# %% ../nbs/27_comparison.ipynb #cd8e7294
+# %% ../nbs/27_comparison.ipynb #fdefacdd
 @patch
 def table(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
 ) -> pd.DataFrame: # One row per pair and method; accuracies and differences in percentage points
-    "Last epoch: mean, standard deviation, n, 95 % interval; best epoch; paired test against the reference; cost; published figure"
+    "Last epoch: mean, sd, n, 95 % interval; best epoch; paired test against the reference; cost; published figure"
     ref, metric, rows = self._reference(reference), self.task.metric, []
     sign = 1 if self.task.larger_is_better else -1
     for (student,teacher),group in self.runs.groupby(['student', 'teacher'], sort=False):
-        base = group[group.method == ref].set_index('seed')[metric]
-        own = [self._row(student, teacher, m, group[group.method == m], base if m != ref else None) for m in self._order(group)]
+        of = lambda m: group[group.method == m]
+        base = of(ref).set_index('seed')[metric]
+        own = [self._row(student, teacher, m, of(m), base if m != ref else None) for m in self._order(group)]
         for row,p in zip(own, holm([r['p'] for r in own])):
             word = verdict_word(sign*row['difference'], p) if len(base) else 'no reference'
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
@@ -240,19 +250,20 @@ def table(self:Comparison,
 
 def _columns(metric):
     "Columns of the table, also where there is no run yet"
-    return ['student', 'teacher', 'method', metric, 'sd', 'n', 'low', 'high', 'best', 'difference', 'difference low', 'difference high',
-            'pairs', 'p', 'ms per step', 'memory (MB)', 'added parameters', 'published', 'source', 'p (Holm)', 'verdict']
+    return ['student', 'teacher', 'method', metric, 'sd', 'n', 'low', 'high', 'best', 'difference', 'difference low',
+            'difference high', 'pairs', 'p', 'ms per step', 'memory (MB)', 'added parameters', 'published', 'source',
+            'p (Holm)', 'verdict']
 
-# %% ../nbs/27_comparison.ipynb #af91a66f
+# %% ../nbs/27_comparison.ipynb #62ec4c37
 _num = lambda v, f: '-' if v is None or pd.isna(v) else format(v, f)
 _span = lambda a, b, f: '-' if pd.isna(a) else f'{a:{f}} to {b:{f}}'
 
 def _line(r, metric):
     "A row of the table as Markdown"
     paper = '-' if pd.isna(r.published) else f'{r.published} ({r.source})'
-    cells = [r.method, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}', _num(r.difference, '+.2f'),
-             _span(r['difference low'], r['difference high'], '+.2f'), _num(r['p (Holm)'], '.3f'), r.verdict, _num(r['ms per step'], '.0f'),
-             _num(r['memory (MB)'], '.0f'), f"{r['added parameters']:,}", paper]
+    cells = [r.method, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
+             _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'), _num(r['p (Holm)'], '.3f'),
+             r.verdict, _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'), f"{r['added parameters']:,}", paper]
     return f"| {' | '.join(map(str, cells))} |"
 
 @patch
@@ -261,10 +272,26 @@ def _title(self:Comparison, student, teacher, ref):
     task = self.task
     good = next((v[task.metric] for v in self.teachers.values() if v['name'] == teacher), None)
     said = '' if good is None else f' ({task.text(good)})'
-    unit = f' in {task.unit}' if task.unit else ''
-    return f"**{student}** from **{teacher}**{said}: {task.metric}{unit} of the last epoch; differences to {ref}, paired by seed"
+    what = f'{task.metric} in {task.unit}' if task.unit else task.metric
+    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed'
 
-# %% ../nbs/27_comparison.ipynb #14afe471
+# %% ../nbs/27_comparison.ipynb #f64011b4
+def _head(metric):
+    "Header of a table as Markdown"
+    return [f'| method | {metric} | sd | n | 95 % interval | best epoch | difference | 95 % interval | p (Holm) | verdict '
+            '| ms/step | MB | added parameters | published |',
+            '|---|--:|--:|--:|---|--:|--:|---|--:|---|--:|--:|--:|---|']
+
+@patch
+def _remarks(self:Comparison):
+    "What a reader of the tables must know"
+    versions, cells = {m['code']['source'] for m in self.manifests.values()}, self.grid['cells']
+    if len(versions) > 1: yield from (f'The runs were made by {len(versions)} versions of the code.', '')
+    missing = [c for c in cells if c not in self.manifests]
+    few = ', '.join(missing[:3]) + ', ...'*(len(missing) > 3)
+    if missing: yield from (f'Not run: {len(missing)} of {len(cells)} cells ({few}).', '')
+
+# %% ../nbs/27_comparison.ipynb #62fa4325
 @patch
 def markdown(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -272,22 +299,15 @@ def markdown(self:Comparison,
     "The table as Markdown"
     ref, metric, out = self._reference(reference), self.task.metric, []
     for (student,teacher),g in self.table(reference).groupby(['student', 'teacher'], sort=False):
-        out += [self._title(student, teacher, ref), '',
-                f'| method | {metric} | sd | n | 95 % interval | best epoch | difference | 95 % interval | p (Holm) | verdict | ms/step | MB '
-                '| added parameters | published |', '|---|--:|--:|--:|---|--:|--:|---|--:|---|--:|--:|--:|---|',
-                *[_line(r, metric) for _,r in g.iterrows()], '']
-    versions, cells = {m['code']['source'] for m in self.manifests.values()}, self.grid['cells']
-    if len(versions) > 1: out += [f"The runs were made by {len(versions)} versions of the code.", '']
-    missing = [c for c in cells if c not in self.manifests]
-    if missing: out += [f"Not run: {len(missing)} of {len(cells)} cells ({', '.join(missing[:3])}{', ...'*(len(missing) > 3)}).", '']
-    return '\n'.join(out)
+        out += [self._title(student, teacher, ref), '', *_head(metric), *[_line(r, metric) for _,r in g.iterrows()], '']
+    return '\n'.join([*out, *self._remarks()])
 
 @patch
 def _repr_markdown_(self:Comparison): return self.markdown()
 @patch
 def __str__(self:Comparison): return self.markdown()
 
-# %% ../nbs/27_comparison.ipynb #7d682c14
+# %% ../nbs/27_comparison.ipynb #9cc7970e
 @patch
 def verdicts(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -296,10 +316,11 @@ def verdicts(self:Comparison,
     ref, points = self._reference(reference), ' points' if self.task.unit == 'percent' else ''
     def say(r):
         low, high = r['difference low'], r['difference high']
-        more = f", 95 % interval {low:+.2f} to {high:+.2f}, p {r['p (Holm)']:.3f} (Holm), {r.pairs} seeds" if r.pairs > 1 else ''
-        return f"{r.student}, {r.method} - {ref}: {r.difference:+.2f}{points}{more}: {r.verdict}."
+        sure = f", 95 % interval {low:+.2f} to {high:+.2f}, p {r['p (Holm)']:.3f} (Holm), {r.pairs} seeds"
+        return f"{r.student}, {r.method} - {ref}: {r.difference:+.2f}{points}{sure if r.pairs > 1 else ''}: {r.verdict}."
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
 
+# %% ../nbs/27_comparison.ipynb #36c37c0e
 @patch
 def table_text(self:Comparison) -> str: # As in table.csv
     "The table as CSV"
@@ -325,7 +346,7 @@ def plot(self:Comparison,
     if task.metric != 'accuracy': ax.set_xlabel(f'{task.metric}, difference to {ref}')
     return ax
 
-# %% ../nbs/27_comparison.ipynb #4ea1dcfa
+# %% ../nbs/27_comparison.ipynb #cf55f864
 def _word_against(n, whole, figure, difference, low, high):
     "A difference to a published figure in words"
     if not n: return 'not run'
@@ -342,17 +363,17 @@ def _row_against(self:Comparison, runs, teacher, student, method, dataset):
     paper = (published(teacher, student, method, dataset) or [dict(value=nan, std=None)])[0]
     d, low, high = (v - paper['value'] if whole else nan for v in (values.mean(), *interval(values)))
     return {'teacher': teacher, 'student': student, 'method': method, 'paper': paper['value'],
-            'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(),
-            'sd': values.std(ddof=1) if len(r) > 1 else nan, 'n': len(r), 'best': r.best.mean(), 'difference': d, 'low': low, 'high': high,
+            'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(), 'sd': values.std(),
+            'n': len(r), 'best': r.best.mean(), 'difference': d, 'low': low, 'high': high,
             'verdict': _word_against(len(r), whole, paper['value'], d, low, high)}
 
-# %% ../nbs/27_comparison.ipynb #88316f32
+# %% ../nbs/27_comparison.ipynb #fe02429a
 @patch
 def against_published(self:Comparison,
     pairs:list, # (teacher, student) names
     methods:list, # See `parse_method`
     dataset:str='CIFAR-100' # Data of the paper
 ) -> pd.DataFrame: # One row per pair and method, also where nothing was run; NaN where there is no figure
-    "Published figure, ours of the last epoch with n, sd and best epoch, and the difference with its 95 % interval and in words"
-    runs = self.runs
-    return pd.DataFrame([self._row_against(runs, t, s, str(parse_method(m)), dataset) for t,s in pairs for m in methods])
+    "Published figure, ours of the last epoch with n, sd and best epoch, the difference with its 95 % interval, in words"
+    runs, methods = self.runs, [str(parse_method(m)) for m in methods]
+    return pd.DataFrame([self._row_against(runs, t, s, m, dataset) for t,s in pairs for m in methods])

@@ -22,8 +22,8 @@ from .setup import make_teacher
 from .statistics import holm, interval, paired_test, verdict_word
 from .verify import TABLE_CHECK, Check, Report, add_same, verify
 
-# %% ../nbs/29a_experiment.ipynb #5a1a36cc
-_all_ = ['FULL_DATA', 'Comparison', 'compare', 'EXECUTORS', 'Cell', 'grid_cells', 'Method', 'all_options', 'parse_method',
-         'code_version', 'environment', 'manifest_hash', 'peak_memory', 'Checkpoint', 'EpochOrder', 'RunLog', 'evaluate',
-         'first_distiller', 'run', 'stored_learner', 'make_teacher', 'holm', 'interval', 'paired_test', 'verdict_word',
-         'TABLE_CHECK', 'Check', 'Report', 'add_same', 'verify']
+# %% ../nbs/29a_experiment.ipynb #64b3e4ba
+_all_ = ['FULL_DATA', 'Comparison', 'compare', 'EXECUTORS', 'Cell', 'grid_cells', 'Method', 'all_options',
+         'parse_method', 'code_version', 'environment', 'manifest_hash', 'peak_memory', 'Checkpoint', 'EpochOrder',
+         'RunLog', 'evaluate', 'first_distiller', 'run', 'stored_learner', 'make_teacher', 'holm', 'interval',
+         'paired_test', 'verdict_word', 'TABLE_CHECK', 'Check', 'Report', 'add_same', 'verify']

@@ -27,7 +27,7 @@ def code_version() -> dict: # version, commit (None outside a repository), sourc
     for f in sorted(here.glob('*.py')): h.update(f.name.encode() + f.read_bytes())
     return dict(version=diffkd_nb.__version__, commit=commit, source=h.hexdigest()[:16])
 
-# %% ../nbs/23a_record.ipynb #33b49888
+# %% ../nbs/23a_record.ipynb #29f96344
 def processor_name() -> str: # Such as 'Intel(R) Xeon(R) Platinum 8488C'; '' where the system does not tell
     "The processor's model"
     try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1].strip()
@@ -38,9 +38,9 @@ def environment(device) -> dict:
     import fastai, torchvision, timm
     dev = torch.device(device)
     kind = torch.cuda.get_device_name(dev) if dev.type == 'cuda' else torch.backends.cpu.get_cpu_capability()
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                fastai=fastai.__version__, timm=timm.__version__, machine=platform.machine(), processor=kind, device=str(dev),
-                threads=torch.get_num_threads(), cpu=processor_name())
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, fastai, timm)}
+    return dict(python=platform.python_version(), **versions, machine=platform.machine(), processor=kind,
+                device=str(dev), threads=torch.get_num_threads(), cpu=processor_name())
 
 # %% ../nbs/23a_record.ipynb #2512dfc5
 def peak_memory() -> int|None: # None where the system does not tell

@@ -50,12 +50,12 @@ class RunLog(Callback):
     order = 70
     def __init__(self, rows=(), train_seconds=()):
         self.rows,self.train_seconds,self.active = list(rows),list(train_seconds),False
-    def before_train(self): self.sum,self.seen,self.active,self.t0 = 0.,0,True,time.perf_counter()
+    def before_train(self): self.sum,self.n_seen,self.active,self.t0 = 0.,0,True,time.perf_counter()
     def after_batch(self):
         if not (self.training and self.active): return
         n = len(self.yb[0])
         self.sum = self.sum + self.learn.loss.detach().float()*n
-        self.seen += n
+        self.n_seen += n
 
 # %% ../nbs/24_run.ipynb #d4a9c462
 @patch
@@ -64,7 +64,7 @@ def after_train(self:RunLog):
     self.train_seconds.append(time.perf_counter() - self.t0)
     if world_size() == 1: return
     from diffkd_nb.distributed import sum_over_processes
-    self.sum, self.seen = sum_over_processes(self.sum), sum_over_processes(self.seen)
+    self.sum, self.n_seen = sum_over_processes(self.sum), sum_over_processes(self.n_seen)
 
 @patch
 def after_epoch(self:RunLog):
@@ -72,7 +72,7 @@ def after_epoch(self:RunLog):
     self.active = False
     log = dict(zip(self.recorder.metric_names, self.recorder.log))
     row = {'epoch': self.epoch+1, **{k: v for k,v in log.items() if k not in ('epoch', 'time')},
-           'train_loss': float(self.sum)/max(self.seen, 1), 'lr': float(self.opt.hypers[-1]['lr'])}
+           'train_loss': float(self.sum)/max(self.n_seen, 1), 'lr': float(self.opt.hypers[-1]['lr'])}
     self.rows.append({k: v if isinstance(v, int) else float(f'{float(v):.8g}') for k,v in row.items()})
 
 # %% ../nbs/24_run.ipynb #a29898b6
@@ -97,7 +97,7 @@ class Checkpoint(Callback):
         has_state = lambda cb: hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
         return {type(cb).__name__: cb for cb in self.learn.cbs if has_state(cb)}
 
-# %% ../nbs/24_run.ipynb #f23eae61
+# %% ../nbs/24_run.ipynb #83a6a50b
 @patch
 def after_epoch(self:Checkpoint):
     log = self.run_log
@@ -108,18 +108,19 @@ def after_epoch(self:Checkpoint):
     if (self.epoch+1) % self.every and self.epoch+1 != self.n_epoch: return
     f = io.BytesIO()
     torch.save(dict(
-        settings=json.dumps(self.settings), epoch=self.epoch+1, model=unwrap(self.model).state_dict(), opt=self.opt.state_dict(),
-        rng=states, rows=log.rows, processes=self.processes, train_seconds=log.train_seconds,
+        settings=json.dumps(self.settings), epoch=self.epoch+1, model=unwrap(self.model).state_dict(),
+        opt=self.opt.state_dict(), rng=states, rows=log.rows, processes=self.processes, train_seconds=log.train_seconds,
         callbacks={k: cb.state_dict() for k,cb in self.parts().items()}), f)
     write_whole(self.folder/'checkpoint.pt', f.getvalue())
 
+# %% ../nbs/24_run.ipynb #2021f99f
 def _of_all(state):
     "Random states, one per process"
     if world_size() == 1: return [state]
     from diffkd_nb.distributed import gather
     return gather(state)
 
-# %% ../nbs/24_run.ipynb #b00f6899
+# %% ../nbs/24_run.ipynb #5f3883a1
 @patch
 def restore(self:Checkpoint,
     state:dict # A loaded checkpoint
@@ -133,12 +134,16 @@ def restore(self:Checkpoint,
     if len(states) == world_size(): self.processes = was; return set_rng_state(states[process_rank()])
     self.processes = [*was, world_size()]
     set_seed(10_000*(state['epoch']+1) + process_rank(), reproducible=True)
-    if process_rank(): return
-    print(f"{self.folder}: begun with {was[-1]} process{'es'*(was[-1] > 1)}, goes on with {world_size()}. Batches, views and "
-          "DiffKD's noise stay the same; BatchNorm statistics, the order of sums, MixUp's and dropout's numbers do not, so the "
-          "result is not bit for bit that of an unchanged job.", file=sys.stderr)
+    if not process_rank(): print(_changed_number(self.folder, was[-1], world_size()), file=sys.stderr)
 
-# %% ../nbs/24_run.ipynb #426d47a9
+# %% ../nbs/24_run.ipynb #7c7ccee2
+def _changed_number(folder, was, now):
+    "What another number of processes means"
+    return (f"{folder}: begun with {was} process{'es'*(was > 1)}, goes on with {now}. Batches, views and DiffKD's "
+            "noise stay the same; BatchNorm statistics, the order of sums, MixUp's and dropout's numbers do not, so "
+            "the result is not bit for bit that of an unchanged job.")
+
+# %% ../nbs/24_run.ipynb #dedc661d
 def learner(
     opened:Opened, # What to train
     job:Job, # Where
@@ -149,23 +154,25 @@ def learner(
     set_seed(setup.seed, reproducible=True)
     model, dls = opened.student(), _loaders(opened, job)
     if setup.channels_last: model = model.to(memory_format=torch.channels_last)
-    cbs = [EpochOrder(), *recipe.callbacks(), *task.callbacks(), *cbs, *([CudaGraphStep(verbose=False)] if setup.graph else [])]
+    graph = [CudaGraphStep(verbose=False)] if setup.graph else []
+    cbs = [EpochOrder(), *recipe.callbacks(), *task.callbacks(), *cbs, *graph, *_distilling(opened, job)]
     learn = Learner(dls, model.to(job.place), lr=recipe.lr, loss_func=task.loss(recipe), opt_func=recipe.opt_func(),
-                    metrics=task.metrics(opened.data), cbs=[*cbs, *_distilling(opened, job)])
+                    metrics=task.metrics(opened.data), cbs=cbs)
     learn.recorder.loss = MeanLoss()
     if setup.channels_last and (d := _distiller(learn)): d.distiller.to(memory_format=torch.channels_last)
     if setup.precision != 'float32': learn = learn.to_bf16() if setup.precision == 'bf16' else learn.to_fp16()
-    set_seed(10_000 + setup.seed + 1_000_003*process_rank(), reproducible=True)      # dropout and the like: the same for every method
+    set_seed(10_000 + setup.seed + 1_000_003*process_rank(), reproducible=True)      # dropout and the like
     return learn
 
-# %% ../nbs/24_run.ipynb #a2423169
+# %% ../nbs/24_run.ipynb #ca447481
 def _loaders(opened, job):
     "This process's share of each batch"
     recipe, n = opened.setup.recipe, world_size()
     if recipe.batch_size % n:
-        raise InputError(f"a batch of {recipe.batch_size} cannot be divided among {n} processes: choose a batch size that can.")
-    loader = {} if job.workers is None else dict(num_workers=job.workers)
-    return opened.data.dls(recipe.batch_size//n, recipe.augmentation, opened.setup.seed, job.place, eval_batch=job.eval_batch, **loader)
+        raise InputError(f"a batch of {recipe.batch_size} cannot be divided among {n} processes: "
+                         "choose a batch size that can.")
+    loader = dict(eval_batch=job.eval_batch, **({} if job.workers is None else dict(num_workers=job.workers)))
+    return opened.data.dls(recipe.batch_size//n, recipe.augmentation, opened.setup.seed, job.place, **loader)
 
 def _distilling(opened, job):
     "The distillation callback in a list; none for a student that learns alone"
@@ -174,8 +181,8 @@ def _distilling(opened, job):
     if setup.channels_last: teacher = teacher.to(memory_format=torch.channels_last)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
-    try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False, cache=cache,
-                                 teacher_transform=opened.transform, **options)]
+    try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
+                                 cache=cache, teacher_transform=opened.transform, **options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada
@@ -219,7 +226,7 @@ def run_setup(
         learn, began, seconds = _train(opened, job, state)
         return make(lambda: _finish(learn, opened, job, began, seconds))
 
-# %% ../nbs/24_run.ipynb #ab693c8c
+# %% ../nbs/24_run.ipynb #50942099
 class _Bar(Callback):
     "Moves a progress bar over the steps of a run"
     order = 65
@@ -227,6 +234,13 @@ class _Bar(Callback):
     def after_batch(self):
         if self.training: self.bar.update(self.epoch*self.n_iter + self.iter + 1)
 
+def _show_progress(learn, setup):
+    "A bar over all steps"
+    bar = progress_bar(range(len(learn.dls.train)*setup.recipe.epochs)); bar.update(0)
+    bar.comment = f'{setup.student}, {setup.method}, seed {setup.seed}'
+    learn.add_cb(_Bar(bar))
+
+# %% ../nbs/24_run.ipynb #b6a0ef5c
 def _train(opened, job, state):
     "The trained Learner, the epoch at which it began, seconds"
     start, epochs, began = time.perf_counter(), opened.setup.recipe.epochs, 0 if state is None else state['epoch']
@@ -237,17 +251,12 @@ def _train(opened, job, state):
     if state is not None: learn.checkpoint.restore(state)
     shared = nullcontext()
     if world_size() > 1: from diffkd_nb.distributed import share; shared = share(learn, job.place)
-    if job.progress and not process_rank(): learn.add_cb(_Bar(_bar(learn, opened.setup)))
+    if job.progress and not process_rank(): _show_progress(learn, opened.setup)
     if began < epochs:
         with shared, learn.no_bar(), learn.no_logging(): learn.fit(epochs, start_epoch=began)
     return learn, began, time.perf_counter() - start
 
-def _bar(learn, setup):
-    bar = progress_bar(range(len(learn.dls.train)*setup.recipe.epochs)); bar.update(0)
-    bar.comment = f'{setup.student}, {setup.method}, seed {setup.seed}'
-    return bar
-
-# %% ../nbs/24_run.ipynb #5f18b57d
+# %% ../nbs/24_run.ipynb #713bdcd9
 def _finish(learn, opened, job, began, seconds):
     "Write student and manifest"
     for cb in learn.cbs:
@@ -266,12 +275,12 @@ def _finish(learn, opened, job, began, seconds):
     (out/'checkpoint.pt').unlink(missing_ok=True)
     return m
 
+# %% ../nbs/24_run.ipynb #26f96e68
 def _places(plan):
     "Where a distillation really took its taps"
-    return [dict(name=t.name, kind=t.kind, student=t.student.name, student_shape=t.student.shape, teacher=t.teacher.name,
-                 teacher_shape=t.teacher.shape) for t in plan]
+    side = lambda name, p: {name: p.name, f'{name}_shape': p.shape}
+    return [dict(name=t.name, kind=t.kind, **side('student', t.student), **side('teacher', t.teacher)) for t in plan]
 
-# %% ../nbs/24_run.ipynb #6833bba9
 def _cost(learn, job, began, seconds):
     "What a run took"
     steps, log, processes = len(learn.dls.train), learn.run_log, learn.checkpoint.processes
@@ -282,12 +291,12 @@ def _cost(learn, job, began, seconds):
         seconds=round(seconds, 1), resumed_at_epoch=began or None,
         ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps,
         peak_memory_mb=peak and round(peak/2**20, 1), peak_memory_of='GPU allocations' if on_gpu else 'process',
-        student_parameters=n_parameters(learn.model), added_parameters=n_parameters(d.distiller) if d is not None else 0)
+        student_parameters=n_parameters(learn.model), added_parameters=0 if d is None else n_parameters(d.distiller))
     if graph is not None: cost['graph'] = 'recorded' if graph.recorded else graph.reason
     if max(processes) > 1: cost['processes'] = list(processes)
     return cost
 
-# %% ../nbs/24_run.ipynb #95b29994
+# %% ../nbs/24_run.ipynb #836708f2
 def run(
     recipe:str|Recipe, # How to train, see `RECIPES`
     data, # What on, see `open_data`
@@ -297,7 +306,7 @@ def run(
     seed:int=0, # Initial weights, data order, views and noise
     out:Path='run', # Folder of the run; made if missing
     taps:list|None=None, # What to compare; the method's own choice by default
-    teacher_stats=None, # Normalisation of the teacher's input: a key of `STATS` or (mean, std); that of the data by default
+    teacher_stats=None, # Normalisation that the teacher wants: a key of `STATS` or (mean, std); as the data by default
     weights:Path|None=None, # Folder where files of published weights are looked for before they are downloaded
     cache:Path|TeacherCache|None=None, # Folder of a `TeacherCache`
     device=None, # GPU if there is one, by default
@@ -306,19 +315,20 @@ def run(
     graph:bool=False, # Record the step as a CUDA graph where there is a GPU, see `CudaGraphStep`
     eval_batch:int|None=None, # Images per validation batch
     num_workers:int|None=None, # Processes that read files
-    diagnostics:bool=False, # Look into DiffKD with `DenoisingDiagnostics` and write diagnostics.json; changes nothing else
+    diagnostics:bool=False, # Look into DiffKD with `DenoisingDiagnostics`, write diagnostics.json; changes nothing else
     checkpoint_every:int=1, # Epochs between checkpoints; the last epoch always gets one
     keep_distiller:bool=False, # Also store the distiller's weights, for pictures
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True # Show a progress bar
 ) -> dict: # The manifest
-    "Train one student and write manifest.json, log.csv and student.safetensors; a finished run is not repeated, an interrupted one goes on"
+    "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,
                   'float32' if amp is None else amp, channels_last, graph)
-    return run_setup(setup, Job(out, device, weights, cache, eval_batch, num_workers, None, diagnostics, checkpoint_every,
-                                keep_distiller, keep_student, progress))
+    job = Job(out, device, weights, cache, eval_batch, num_workers, diagnostics=diagnostics, progress=progress,
+              checkpoint_every=checkpoint_every, keep_distiller=keep_distiller, keep_student=keep_student)
+    return run_setup(setup, job)
 
-# %% ../nbs/24_run.ipynb #9dc0e7f7
+# %% ../nbs/24_run.ipynb #9fc5c8de
 def stored_learner(
     folder:Path, # A run with student.safetensors and distiller.safetensors
     teacher:str|nn.Module, # The teacher, as for `run`; its weights must be those on record
@@ -327,21 +337,24 @@ def stored_learner(
     weights:Path|None=None, # Folder with files of published weights
     num_workers:int|None=None # Processes that read files
 ) -> Learner: # Not to be trained
-    "The Learner of a stored run, with student, distiller and teacher; `InputError` for what is missing or other than on record"
+    "The Learner of a stored run, with student, distiller, teacher; `InputError` for what is missing or not on record"
     folder = Path(folder)
     for f in ('manifest.json', 'student.safetensors', 'distiller.safetensors'):
         if (folder/f).is_file(): continue
-        raise InputError(f"{folder/f} is missing: expected a finished run made with keep_distiller=True (diffkd_train --keep-distiller).")
-    m = json.loads((folder/'manifest.json').read_text()); s = m['settings']
-    setup = Setup(Recipe.from_dict(s['recipe']).replace(ema=0.), data or m['data']['spec'] or '?', s['student'], (teacher,),
-                  s['method'], s['seed'], s['taps'], s['teacher_stats'])
-    opened = setup.open(Sources(weights))
-    if opened.teacher.hash != s['teacher_hash']: raise InputError(f"{opened.teacher.name} has other weights than the teacher of {folder}.")
+        raise InputError(f"{folder/f} is missing: expected a finished run made with keep_distiller=True "
+                         "(diffkd_train --keep-distiller).")
+    m = json.loads((folder/'manifest.json').read_text())
+    s, spec = m['settings'], data or m['data']['spec'] or '?'
+    recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
+    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s['taps'], s['teacher_stats'])
+    opened = setup.open(Sources(weights)); t = opened.teacher
+    if t.hash != s['teacher_hash']: raise InputError(f"{t.name} has other weights than the teacher of {folder}.")
     learn = learner(opened, Job(folder, device, workers=num_workers))
-    load_weights(learn.model, folder/'student.safetensors'); load_weights(_distiller(learn).distiller, folder/'distiller.safetensors')
+    load_weights(learn.model, folder/'student.safetensors')
+    load_weights(_distiller(learn).distiller, folder/'distiller.safetensors')
     return learn
 
-# %% ../nbs/24_run.ipynb #a8a4406e
+# %% ../nbs/24_run.ipynb #c8fcba2b
 def evaluate(
     model:nn.Module, # Model of the data's task
     data, # See `open_data`
@@ -351,5 +364,5 @@ def evaluate(
     **loader # Further arguments of the loaders
 ) -> tuple: # For classification accuracy and mean cross-entropy, see `Task.evaluate`
     "How good a model is on the validation set"
-    data = open_data(data)
-    return tuple(task_of(data).evaluate(model, data, choose_device(device or 'cpu'), batch, augmentation, **loader).values())
+    data, place = open_data(data), choose_device(device or 'cpu')
+    return tuple(task_of(data).evaluate(model, data, place, batch, augmentation, **loader).values())

@@ -26,7 +26,7 @@ from .tasks import open_data, task_of
 # %% auto #0
 __all__ = ['Setup', 'choose_device', 'Job', 'split_options', 'Teacher', 'Sources', 'make_teacher', 'Opened']
 
-# %% ../nbs/23_setup.ipynb #e1700a1c
+# %% ../nbs/23_setup.ipynb #9f114716
 @dataclass(frozen=True)
 class Setup:
     "All that decides the outcome of a run"
@@ -37,7 +37,7 @@ class Setup:
     method:Method='alone' # How to distil; a text is parsed
     seed:int=0 # Initial weights, data order, views and noise
     taps:list|None=None # What to compare; the method's own choice by default
-    teacher_stats:object=None # Normalisation of the teacher's input; that of the data or of published weights by default
+    teacher_stats:object=None # Normalisation that the teacher wants; as published weights, or the data, by default
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=False # Keep maps and kernels with the channels last
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
@@ -58,18 +58,17 @@ def _check(self:Setup):
     for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers).items():
         object.__setattr__(self, name, value)
 
-# %% ../nbs/23_setup.ipynb #f043a170
+# %% ../nbs/23_setup.ipynb #165c46e8
 @patch
 def to_dict(self:Setup) -> dict:
     "Plain values, for JSON"
-    for what,values in (('data', [self.data]), ('teacher', self.teachers)):
-        for v in values:
-            if not isinstance(v, (str, Path)):
-                raise InputError(f"{what} must be a description such as 'cifar100:FOLDER' or 'resnet56@FILE.safetensors', "
-                                 f"so that worker processes can open it, got {type(v).__name__}.")
+    for what,v in (('data', self.data), *(('teacher', t) for t in self.teachers)):
+        if isinstance(v, (str, Path)): continue
+        raise InputError(f"{what} must be a description such as 'cifar100:FOLDER' or 'resnet56@FILE.safetensors', "
+                         f"so that worker processes can open it, got {type(v).__name__}.")
     values = {f.name: getattr(self, f.name) for f in fields(self)}
-    return {**values, 'recipe': self.recipe.to_dict(), 'data': str(self.data), 'teachers': list(map(str, self.teachers)),
-            'method': str(self.method)}
+    texts = dict(data=str(self.data), teachers=list(map(str, self.teachers)), method=str(self.method))
+    return {**values, 'recipe': self.recipe.to_dict(), **texts}
 
 @patch(cls_method=True)
 def from_dict(cls:Setup, d:dict) -> Setup:
@@ -103,13 +102,13 @@ class Job:
     def __post_init__(self): object.__setattr__(self, 'out', Path(self.out))
     place = property(lambda self: choose_device(self.device), doc='The device')
 
-# %% ../nbs/23_setup.ipynb #af6bdee8
+# %% ../nbs/23_setup.ipynb #65ef9cf1
 @patch
 def to_dict(self:Job) -> dict:
     "Plain values, for JSON"
     text = lambda v: v if v is None or isinstance(v, (bool, int, float)) else str(v)
     if not isinstance(self.cache, (str, Path, type(None))):
-        raise InputError(f"cache must be a folder, so that worker processes can use it, got {type(self.cache).__name__}.")
+        raise InputError(f"cache must be a folder that worker processes can use, got {type(self.cache).__name__}.")
     return {f.name: text(getattr(self, f.name)) for f in fields(self)}
 
 @patch(cls_method=True)
@@ -117,9 +116,9 @@ def from_dict(cls:Job, d:dict) -> Job:
     "A job from `to_dict`, also after JSON"
     return cls(**d)
 
-# %% ../nbs/23_setup.ipynb #5edbbb1e
+# %% ../nbs/23_setup.ipynb #0ff6c743
 _CALLED = dict(amp='precision', num_workers='workers') # Keyword of `run` to field
-_OWN = ('recipe', 'data', 'student', 'teachers', 'method', 'seed', 'out', 'threads', 'progress') # Not options of a comparison
+_OWN = ('recipe', 'data', 'student', 'teachers', 'method', 'seed', 'out', 'threads', 'progress') # A comparison's own
 
 def split_options(
     options:dict # Keywords of `run`
@@ -133,7 +132,7 @@ def split_options(
         raise TypeError(f"there is no option {', '.join(map(repr, unknown))}: expected {known}.")
     return tuple({k: given[k] for k in ns if k in given} for ns in names)
 
-# %% ../nbs/23_setup.ipynb #44140969
+# %% ../nbs/23_setup.ipynb #84538f5a
 class Teacher(NamedTuple):
     "A trained model"
     name:str # Without its weights
@@ -141,6 +140,7 @@ class Teacher(NamedTuple):
     hash:str # Of its weights
     stats:object=None # Normalisation of its input, None for that of the data
 
+# %% ../nbs/23_setup.ipynb #e2598167
 class Sources:
     "Opens every data set and every teacher once"
     def __init__(self,
@@ -159,7 +159,7 @@ class Sources:
         "Hash of opened data"
         return self._once(('hash', id(data)), lambda: (data.hash(), data))[0]
 
-# %% ../nbs/23_setup.ipynb #8be75c85
+# %% ../nbs/23_setup.ipynb #630d84f7
 @patch
 def teacher(self:Sources,
     spec, # `'name@weights'`, or a module
@@ -175,6 +175,7 @@ def teacher(self:Sources,
     key = spec if isinstance(spec, nn.Module) else str(spec)
     return self._once(('teacher', key, id(data)), make)[0]._replace(stats=task.normalisation(stats, spec))
 
+# %% ../nbs/23_setup.ipynb #a85fe715
 def make_teacher(
     spec:str|nn.Module, # `'name@weights'`, or a module
     data, # Opened data: says classes, channels and size
@@ -184,7 +185,7 @@ def make_teacher(
     t = Sources(weights).teacher(spec, data)
     return t.model, t.name
 
-# %% ../nbs/23_setup.ipynb #12b6e4fb
+# %% ../nbs/23_setup.ipynb #4b4c06d1
 class Opened:
     "A setup with its task, data and teacher"
     def __init__(self,
@@ -203,12 +204,13 @@ class Opened:
         "A new student; its weights come from PyTorch's random numbers"
         return self.task.model(self.setup.student, self.data, self.setup.recipe.drop_path)
 
+# %% ../nbs/23_setup.ipynb #eed8d4a8
 @patch
 def open(self:Setup, sources:Sources|None=None) -> Opened:
     "Open what the setup names; `InputError` for what is not there"
     return Opened(self, sources or Sources())
 
-# %% ../nbs/23_setup.ipynb #721f7588
+# %% ../nbs/23_setup.ipynb #35786183
 @patch(as_prop=True)
 def settings(self:Opened) -> dict: # As in a manifest
     "All that decides the outcome of the run"
@@ -222,6 +224,7 @@ def settings(self:Opened) -> dict: # As in a manifest
     if self.task.name != 'classification': found['task'] = self.task.name
     return json.loads(json.dumps(found))
 
+# %% ../nbs/23_setup.ipynb #19107764
 @patch
 def differs(self:Opened,
     old:dict # Settings on record

@@ -35,7 +35,7 @@ def paired_test(
     found = ttest_rel(a, b)
     return float(d.mean()), *map(float, found.confidence_interval()), float(found.pvalue)
 
-# %% ../nbs/25_statistics.ipynb #4ed873dd
+# %% ../nbs/25_statistics.ipynb #1f0f9258
 def holm(ps) -> list: # Adjusted p values in the same order; NaN stays
     "Holm's correction for several tests"
     ps = np.asarray(ps, float)
@@ -45,7 +45,10 @@ def holm(ps) -> list: # Adjusted p values in the same order; NaN stays
     out[order] = np.maximum.accumulate(raised) if order else []
     return out.tolist()
 
-def verdict_word(difference:float, p:float, level:float=.05) -> str: # 'better', 'worse', 'not distinguishable' or 'one seed'
+def verdict_word(
+    difference:float, p:float, # From `paired_test`, p perhaps from `holm`
+    level:float=.05 # p above it is chance
+) -> str: # 'better', 'worse', 'not distinguishable' or 'one seed'
     "A difference in words"
     if np.isnan(p): return 'one seed'
     return 'not distinguishable' if p > level else 'better' if difference > 0 else 'worse'

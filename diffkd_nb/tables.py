@@ -37,28 +37,29 @@ class Table:
     reference:str='alone' # The method that the others are compared with
     pairs = property(lambda self: [p for g in self.groups for p in g.pairs])
 
-# %% ../nbs/29_tables.ipynb #c5679ffa
+# %% ../nbs/29_tables.ipynb #a039e552
 _R34, _R50 = 'torchvision:resnet34@IMAGENET1K_V1', 'torchvision:resnet50@IMAGENET1K_V1'
 _TIMM50, _SWIN_L = 'timm:resnet50.a1_in1k@pretrained', 'timm:swin_large_patch4_window7_224.ms_in22k_ft_in1k@pretrained'
 _R18, _SWIN_T, _MBV1 = 'torchvision:resnet18', 'timm:swin_tiny_patch4_window7_224', 'mobilenetv1'
 _ABLATION = (Group('B1', ((_R50, _MBV1),)),)
-_CIFAR = (('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 'resnet8x4'), ('resnet32x4', 'shufflenetv2'),
-          ('resnet32x4', 'shufflenetv1'), ('resnet50_cifar', 'mobilenetv2_cifar'))
+_CIFAR = (('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 'resnet8x4'),
+          ('resnet32x4', 'shufflenetv2'), ('resnet32x4', 'shufflenetv1'), ('resnet50_cifar', 'mobilenetv2_cifar'))
 _EB0_TAPS = (('features.8.0', 'layer4', 'feature'), 'logits')
 _MV2, _EB0 = 'torchvision:mobilenet_v2', 'torchvision:efficientnet_b0'
 _BOTH = ('diffkd', 'diffkd:logits_loss=dist')
 
-# %% ../nbs/29_tables.ipynb #4d2bb776
+# %% ../nbs/29_tables.ipynb #717ebee8
 TABLES = { # Number in the paper to its grid
-    '2': Table('Baseline strategy on ImageNet', 'ImageNet', ('alone', 'kd', 'reviewkd', 'dkd', 'dist', 'fitnet:weight=1', *_BOTH),
+    '2': Table('Baseline strategy on ImageNet', 'ImageNet',
+               ('alone', 'kd', 'reviewkd', 'dkd', 'dist', 'fitnet:weight=1', *_BOTH),
                (Group('B1', ((_R34, _R18), (_R50, _MBV1))),)),
     '3': Table('Stronger strategies on ImageNet', 'ImageNet', ('alone', 'kd', 'rkd', 'srrl', 'dist', 'diffkd'),
                (Group('B2', ((_TIMM50, 'torchvision:resnet34'), (_TIMM50, _MV2), (_SWIN_L, 'torchvision:resnet50'))),
                 Group('B2', ((_TIMM50, _EB0),), _EB0_TAPS), Group('B3', ((_SWIN_L, _SWIN_T),)))),
     '7': Table('Which taps', 'ImageNet',
                ('alone', 'fitnet:weight=1', 'kd', 'diffkd:taps=feature', 'diffkd:taps=logits', 'diffkd'), _ABLATION),
-    '8': Table('Width of the autoencoder', 'ImageNet', tuple(f'diffkd:latent={n}' for n in (None, 128, 256, 512, 1024, 2048)),
-               _ABLATION, 'diffkd:latent=1024'),
+    '8': Table('Width of the autoencoder', 'ImageNet',
+               tuple(f'diffkd:latent={n}' for n in (None, 128, 256, 512, 1024, 2048)), _ABLATION, 'diffkd:latent=1024'),
     '9': Table('CIFAR-100', 'CIFAR-100', ('alone', 'kd', 'dist', *_BOTH), (Group('A1', _CIFAR),)),
     '11': Table('With and without noise adapter', 'ImageNet', ('diffkd', 'diffkd:adapter=False'),
                 (Group('B1', ((_R50, _MBV1), (_R34, _R18))), Group('B2', ((_TIMM50, _MV2),))), 'diffkd'),
@@ -73,7 +74,7 @@ def get_table(
     if str(number) in TABLES: return TABLES[str(number)]
     raise InputError(f"the paper's table {number!r} is not one that can be run: expected {', '.join(TABLES)}.")
 
-# %% ../nbs/29_tables.ipynb #d4c3f83a
+# %% ../nbs/29_tables.ipynb #518e97b5
 def teacher_file(
     teacher:str, # Teacher of a `Group`
     weights:Path|None # Folder with weights
@@ -83,11 +84,11 @@ def teacher_file(
     ends = ('.safetensors', '/weights.safetensors') if weights is not None else ()
     found = next((f for f in (Path(f'{weights}/{teacher}{e}') for e in ends) if f.is_file()), None)
     if found is not None: return f'{teacher}@{found}'
-    raise InputError(f"the table's teacher {teacher!r} has no published weights: train it (diffkd_train --student {teacher} "
-                     f"--method alone) and put the file into a folder as {teacher}.safetensors, then name the folder "
+    raise InputError(f"the table's teacher {teacher!r} has no published weights: train it (diffkd_train --student "
+                     f"{teacher} --method alone) and put the file into a folder as {teacher}.safetensors, then name the folder "
                      "(weights=FOLDER, --weights FOLDER).")
 
-# %% ../nbs/29_tables.ipynb #88197aea
+# %% ../nbs/29_tables.ipynb #6dd9d83f
 def run_table(
     number:str|int, # Key of `TABLES`
     data:str, # What on, such as `'folder:imagenet'`
@@ -108,16 +109,18 @@ def run_table(
         alone = sum(h.recipe == g.recipe for h in table.groups) == 1
         how, folder = get_recipe(g.recipe), Path(out)/(g.recipe if alone else f'{g.recipe}-{i+1}')
         taps = {} if g.taps is None else {'taps': [list(t) if isinstance(t, tuple) else t for t in g.taps]}
+        left = None if end is None else max(0., (end - monotonic())/60)
         done.append(compare(
-            pairs, methods, seeds, recipe(how) if recipe else how, data, folder, reference if reference in methods else methods[0],
-            minutes=None if end is None else max(0., (end - monotonic())/60), weights=weights and str(weights), **{**options, **taps}))
+            pairs, methods, seeds, recipe(how) if recipe else how, data, folder,
+            reference if reference in methods else methods[0], minutes=left, weights=weights and str(weights),
+            **{**options, **taps}))
     return done
 
-# %% ../nbs/29_tables.ipynb #23e95d18
+# %% ../nbs/29_tables.ipynb #6afcf8ee
 def beside_paper(
     number:str|int, # Key of `TABLES`
     folder:Path # Where `run_table` worked, or would have
-) -> pd.DataFrame: # One row per cell: the paper's figure, ours (mean, sd, n, best epoch), difference with interval, verdict
+) -> pd.DataFrame: # One row per cell: the paper's figure, ours, the difference and a verdict, see `against_published`
     "A table of the paper beside what was measured"
     table, rows = get_table(number), []
     seen = [Comparison(f.parent) for f in sorted(Path(folder).glob('*/grid.json'))]

@@ -34,7 +34,7 @@ class Task:
     unit = '' # What that gives: 'percent', or '' for a plain number
     also = {} # Further figures of the last epoch: name in the result to column of the log
 
-# %% ../nbs/14_task.ipynb #8ed7a219
+# %% ../nbs/14_task.ipynb #d9c28802
 @patch
 def open(self:Task,
     spec:str, # Description that begins with one of `kinds`
@@ -43,6 +43,7 @@ def open(self:Task,
     "Open data by its description"
     raise NotImplementedError(f"{type(self).__name__} does not say how its data is opened.")
 
+# %% ../nbs/14_task.ipynb #31d2d5c1
 @patch
 def model(self:Task,
     name:str, # Name of a model

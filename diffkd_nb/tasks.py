@@ -17,7 +17,7 @@ TASKS = {t.name: t for t in ( # Tasks by name
     Classification(),
 )}
 
-# %% ../nbs/17_tasks.ipynb #d1d4dc0b
+# %% ../nbs/17_tasks.ipynb #3767ec26
 def get_task(
     name:str='classification' # Key of `TASKS`
 ) -> Task: # `InputError` with the names for an unknown one
@@ -29,7 +29,8 @@ def task_of(
     data # Opened data, or the settings of a manifest
 ) -> Task: # Classification where nothing else is said
     "The task that data or a stored run belongs to"
-    return get_task(data.get('task', 'classification') if isinstance(data, dict) else getattr(data, 'task', 'classification'))
+    said = data.get('task') if isinstance(data, dict) else getattr(data, 'task', None)
+    return get_task(said or 'classification')
 
 # %% ../nbs/17_tasks.ipynb #a7e9f8dd
 def open_data(

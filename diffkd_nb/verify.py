@@ -22,7 +22,7 @@ from .tasks import task_of
 # %% auto #0
 __all__ = ['TABLE_CHECK', 'Check', 'Report', 'add_same', 'verify']
 
-# %% ../nbs/28_verify.ipynb #be5eede1
+# %% ../nbs/28_verify.ipynb #9a81d5e4
 class Check(NamedTuple):
     "One question that `verify` asked"
     run:str # Folder of the run
@@ -37,35 +37,39 @@ class Report(list):
     def __bool__(self): return len(self) > 0 and all(c.ok is not False for c in self)
     def __str__(self):
         bad, skipped = [c for c in self if c.ok is False], [c for c in self if c.ok is None]
-        lines = [f"{'FAILED ' if c.ok is False else 'skipped'} {c.run}: {c.what}{c.detail and ': ' + c.detail}" for c in bad + skipped]
+        say = lambda c: f"{'skipped' if c.ok is None else 'FAILED '} {c.run}: {c.what}{c.detail and ': ' + c.detail}"
+        lines = [say(c) for c in bad + skipped]
         runs = len({c.run for c in self if c.what != TABLE_CHECK})
         counts = f"{len(self)} checks, {len(bad)} failed, {len(skipped)} could not be made."
         return '\n'.join([*lines, f"{runs} run{'s' if runs != 1 else ''}, {counts}"])
 
-# %% ../nbs/28_verify.ipynb #3dcdc6eb
+# %% ../nbs/28_verify.ipynb #3357db15
 def _read(out):
     "The manifest of a run, None where it is none; what is wrong with it"
     bad = lambda detail: (None, Check(str(out), 'the manifest can be read', False, detail))
-    if not (out/'manifest.json').is_file():
-        return None, Check(str(out), 'the run is finished', False, 'there is no manifest.json: start it again to finish it')
+    missing = Check(str(out), 'the run is finished', False, 'there is no manifest.json: start it again to finish it')
+    if not (out/'manifest.json').is_file(): return None, missing
     try: m = json.loads((out/'manifest.json').read_text())
     except ValueError as e: return bad(f'it is no JSON ({e})')
-    lacks = [k for k in ('settings', 'result', 'files', 'student_hash', 'data') if not isinstance(m, dict) or k not in m]
+    wanted = ('settings', 'result', 'files', 'student_hash', 'data')
+    lacks = [k for k in wanted if not isinstance(m, dict) or k not in m]
     if lacks: return bad(f"it is not that of a run, or of another version: it has no {', '.join(lacks)}")
     try: m['settings']['recipe']['epochs'], m['result'][task_of(m['settings']).metric], m['data']['spec']
     except (KeyError, TypeError) as e: return bad(f'it is not that of a run, or of another version: {e!r}')
     except InputError as e: return bad(str(e))
     return m, None
 
-# %% ../nbs/28_verify.ipynb #94ce33c9
+# %% ../nbs/28_verify.ipynb #25740def
 def _check_files(out, m):
     "Hashes of manifest and files"
-    yield Check(str(out), 'the manifest is as it was written', m.get('hash') == manifest_hash(m), 'its hash does not fit its content')
+    sealed = m.get('hash') == manifest_hash(m)
+    yield Check(str(out), 'the manifest is as it was written', sealed, 'its hash does not fit its content')
     for f,h in m['files'].items():
         there = (out/f).is_file()
         yield Check(str(out), f'{f} is as it was written', there and file_hash(out/f) == h,
                     'its hash is not the one in the manifest' if there else 'missing')
 
+# %% ../nbs/28_verify.ipynb #f552b198
 def _check_log(out, m):
     "Agreement of log and manifest"
     if not (out/'log.csv').is_file(): return
@@ -75,7 +79,8 @@ def _check_log(out, m):
         log = list(csv.DictReader(io.StringIO((out/'log.csv').read_text())))
         epochs, values = [int(r['epoch']) for r in log], [float(r[task.metric]) for r in log]
     except (KeyError, ValueError) as e: yield check('the log can be read', False, str(e)); return
-    yield check('the log has every epoch', epochs == list(range(1, m['settings']['recipe']['epochs']+1)), f'{len(log)} rows')
+    all_epochs = list(range(1, m['settings']['recipe']['epochs'] + 1))
+    yield check('the log has every epoch', epochs == all_epochs, f'{len(log)} rows')
     last, best = values[-1] if values else None, (max if task.larger_is_better else min)(values, default=None)
     was, was_best = result[task.metric], result.get(f'best_{task.metric}')
     yield check('the headline is the last epoch of the log', last == was, f'manifest {was}, log {last}')
@@ -101,18 +106,19 @@ def _check_student(out, m, spec, sources, device):
     _compare_figures(add, task, found, m, data)
     return checks
 
-# %% ../nbs/28_verify.ipynb #9b8e879b
+# %% ../nbs/28_verify.ipynb #a75230de
 def _compare_figures(add, task, found, m, data):
     "What was found now beside what is on record"
     now, was = found[task.metric], m['result'][task.metric]
-    add(f'the student gives the {task.metric} of the manifest', task.same(now, was, data), f'now {now:.4f}, manifest {was:.4f}')
-    if 'valid_loss' not in found or m['settings']['recipe'].get('label_smoothing'): return       # the log's loss is smoothed, too
+    add(f'the student gives the {task.metric} of the manifest', task.same(now, was, data),
+        f'now {now:.4f}, manifest {was:.4f}')
+    if 'valid_loss' not in found or m['settings']['recipe'].get('label_smoothing'): return       # the log's is smoothed
     now, was = found['valid_loss'], m['result']['valid_loss']
     was = float('nan') if was is None else was       # a student that diverged
     add('the student gives the loss of the manifest', np.isclose(now, was, rtol=1e-3, atol=1e-3, equal_nan=True),
         f'now {now:.5f}, manifest {was:.5f}')
 
-# %% ../nbs/28_verify.ipynb #672457cb
+# %% ../nbs/28_verify.ipynb #924c5f09
 def _check_teacher(out, m, weights):
     "Whether the weights are those that the run learned from, perhaps kept in half precision"
     as_type = lambda t: {k: v.to(t) if v.is_floating_point() else v for k,v in weights.items()}
@@ -121,9 +127,10 @@ def _check_teacher(out, m, weights):
 
 def _check_table(folder):
     "Whether the stored table is what the runs give"
-    return Check(str(folder), TABLE_CHECK, (folder/'table.csv').read_text() == Comparison(folder).table_text(), 'another table')
+    same = (folder/'table.csv').read_text() == Comparison(folder).table_text()
+    return Check(str(folder), TABLE_CHECK, same, 'another table')
 
-# %% ../nbs/28_verify.ipynb #2cfaa9a5
+# %% ../nbs/28_verify.ipynb #f5a4a2f1
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not where it was
@@ -147,9 +154,12 @@ def verify(
     if (folder/'table.csv').is_file() and (folder/'grid.json').is_file(): checks.append(_check_table(folder))
     return checks
 
+# %% ../nbs/28_verify.ipynb #238a69dc
 def _runs_below(folder):
     "Folders with something of a run in them"
-    if not folder.is_dir(): raise InputError(f"{folder} is not a folder: expected a run (with manifest.json) or a folder of runs.")
-    runs = sorted({f.parent for name in ('manifest.json', 'checkpoint.pt', 'student.safetensors') for f in folder.rglob(name)})
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: expected a run (with manifest.json) or a folder of runs.")
+    signs = ('manifest.json', 'checkpoint.pt', 'student.safetensors')
+    runs = sorted({f.parent for name in signs for f in folder.rglob(name)})
     if not runs: raise InputError(f"{folder} holds no runs: expected manifest.json in it or below.")
     return runs

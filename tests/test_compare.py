@@ -1,5 +1,5 @@
 "Grids of runs: workers, failures, interruptions, a Ray cluster"
-import json, os, signal, subprocess, sys, time
+import json, multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
@@ -109,7 +109,7 @@ def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
 
 def test_workers_that_are_no_copies_give_the_same(teacher, here, tmp_path, monkeypatch):
     "On a machine with a GPU, and where there is no fork"
-    monkeypatch.setattr('diffkd_nb.grid.sys.platform', 'other')
+    monkeypatch.setattr('diffkd_nb.grid._context', lambda: multiprocessing.get_context('spawn'))
     c = grid(teacher, tmp_path, seeds=1)
     assert not c.failed and hashes(c) == {k: v for k,v in hashes(here).items() if k.endswith('seed0')}
 
