@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save
 from diffkd_nb.data import open_data
 from diffkd_nb.experiment import EXECUTORS, Comparison, compare, evaluate, grid_cells, parse_method
 from diffkd_nb.files import InputError, write_whole
-from diffkd_nb.models import load_weights, make_model, state_hash
+from diffkd_nb.models import make_model
+from diffkd_nb.weights import load_weights, state_hash
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.setup import Job, Setup, split_options
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fastai.basics import DataLoader, DataLoaders, Metric
 from diffkd_nb.comparison import Comparison, compare
 from diffkd_nb.files import InputError
-from diffkd_nb.models import load_weights, state_hash
+from diffkd_nb.weights import load_weights, state_hash
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.run import Checkpoint, evaluate, run, stored_learner
 from diffkd_nb.setup import Setup
