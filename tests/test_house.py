@@ -41,6 +41,13 @@ def upward():
 
 
 def test_a_module_imports_only_from_lower_numbers(): assert not upward(), '\n'.join(['', *upward()])
+def test_the_method_does_without_fastai():
+    roots = lambda tree: {n.split('.')[0] for node in ast.walk(tree) for n in
+                          ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else [])}
+    below = [m for m in MODULES if number(m) < (9, '')]
+    assert len(below) > 10 and not [NOTEBOOK[m] for m in below if 'fastai' in roots(TREES[m])]
+
+
 def test_numbers_are_taken_once(): assert len({number(m) for m in MODULES}) == len(MODULES)
 
 
