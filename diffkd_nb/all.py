@@ -16,6 +16,7 @@ from .feature_methods import *
 from .relations import *
 from .head import *
 from .methods import *
+from .outputs import *
 from .distillation import *
 from .callback import *
 from .data import *

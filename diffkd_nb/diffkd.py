@@ -7,7 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/diffkd.html.md"""
 # %% ../nbs/05_diffkd.ipynb #ae15ff71
 from __future__ import annotations
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 import torch
@@ -21,7 +21,7 @@ from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
 from .diffusion import N_TIMES, Denoiser, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
 from .controls import ddim_denoise_from, gamma_to_time, log_snr_schedule, own_norms, student_guess
-from .losses import get_distance
+from .losses import Scores, get_distance
 from .distiller import Distiller
 
 # %% auto #0
@@ -77,7 +77,8 @@ class DiffKD(nn.Module):
         norms:str='shared', # BatchNorm of the denoiser: `'shared'`, or `'separate'` layers for the student's maps
         distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits by default
         temperature:float=1., # Temperature of `'kl'` and `'dist'`
-        align:str='smaller' # Whose size maps of different size get, see `common_size`
+        align:str='smaller', # Whose size maps of different size get, see `common_size`
+        output:str|Callable|None=None # What logits mean, see `Scores`; classes by default
     ):
         super().__init__()
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
@@ -91,7 +92,8 @@ class DiffKD(nn.Module):
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
-        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature)
+        self.scores = Scores(output, teacher_channels) if kind == 'logits' else None
+        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output)
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _CHOICES = dict(kind=('feature', 'logits'), align=('smaller', 'student', 'teacher'), denoiser=('diffusion', 'identity'),
@@ -140,7 +142,7 @@ def read(self:DiffKD,
 ) -> tuple[Tensor,Tensor,Tensor,Tensor]: # Projected student feature Z, gamma (B,), teacher latent, reconstruction loss
     "What both sides bring to the denoising"
     teacher = teacher.detach()
-    if self.kind == 'logits': student, teacher = student.flatten(1), teacher.flatten(1)
+    if self.kind == 'logits': student, teacher = self.scores(student.flatten(1), teacher.flatten(1))
     else: student, teacher = align_maps(student, teacher, self.align)
     z = self.project_in(student)
     if self.autoencoder is None: target, reconstruction = teacher, teacher.new_zeros((), dtype=torch.float32)
@@ -270,7 +272,8 @@ class DiffKDDistiller(Distiller):
         self.weights = [float(weights.get(n, 1.)) for n in self.names]
         kinds = dict(feature=feature_loss, logits=logits_loss)
         self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind,
-                                         distance=distances.get(t.name, kinds[t.kind]), **kwargs) for t in plan)
+                                         distance=distances.get(t.name, kinds[t.kind]), output=t.output, **kwargs)
+                                  for t in plan)
 
 # %% ../nbs/05_diffkd.ipynb #b431ba09
 @patch

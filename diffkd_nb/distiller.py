@@ -15,10 +15,11 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .taps import Layout, Place, Tap, unwrap
 from .rng import Draws
+from .losses import OUTPUTS
 
 # %% auto #0
 __all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'Distiller',
-           'toy_tap', 'Adopted', 'as_distiller']
+           'output_refusal', 'toy_tap', 'Adopted', 'as_distiller']
 
 # %% ../nbs/04a_distiller.ipynb #b01e4fbd
 class Context(NamedTuple):
@@ -27,6 +28,7 @@ class Context(NamedTuple):
     n_data:int|None=None # Number of training samples
     labels:Tensor|None=None # Their classes (n_data,), where they are known
     features:Tensor|None=None # Pooled teacher features of training samples (n, C)
+    output:str|None=None # What the model's outputs mean, a key of `OUTPUTS` or a function; None where it is not known
 
     def of(self,
         method:type # A method's class
@@ -94,6 +96,9 @@ class Distiller(nn.Module):
     default_taps = ['feature'] # What to compare if nobody says, see `plan_taps`
     takes = dict(feature=(1, math.inf), logits=(0, 0)) # Kind of tap to the least and the largest number of them
     needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`
+    outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
+    dense = False # Whether logits may be maps (B, K, H, W)
+    instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
 
     def __init__(self,
@@ -118,6 +123,37 @@ def _check_plan(self:Distiller, plan):
         many = 'no' if high == 0 else f'exactly {low}' if low == high else f'{low} or more'
         raise ValueError(f"{type(self).__name__} takes {many} {kind} {'tap' if low == high == 1 else 'taps'}, "
                          f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules.")
+    for t in plan:
+        if t.kind == 'logits': self._check_logits(t)
+
+# %% ../nbs/04a_distiller.ipynb #2423d2e9
+def output_refusal(
+    method:type, # Class of a distiller
+    output:str|None=None # A key of `OUTPUTS`, a function, or None for classes
+) -> str|None: # A sentence, None where it is defined
+    "Why a method is not defined for a kind of outputs"
+    kind = 'function' if callable(output) else output or 'classes'
+    if kind in method.outputs: return None
+    words = ' or '.join(OUTPUTS[k] for k in method.outputs if not k.endswith('probabilities'))
+    what = f'are {OUTPUTS[kind]}' if kind in OUTPUTS else 'have a distance of their own'
+    return f"{method.__name__} is defined for {words}; this model's outputs {what}: use {method.instead}."
+
+# %% ../nbs/04a_distiller.ipynb #89cf61ca
+@patch
+def _check_logits(self:Distiller, tap):
+    "`ValueError` for outputs that the method cannot compare"
+    name, s, t = type(self).__name__, tap.student.shape, tap.teacher.shape
+    why = output_refusal(type(self), tap.output)
+    if why: raise ValueError(why)
+    if s[0] != t[0]:
+        raise ValueError(f"the student has {s[0]} outputs, the teacher {t[0]} (tap {tap.name!r}): "
+                         "give both the same outputs in the same order, or distil features with taps=['feature'].")
+    if s[0] == 1 and tap.output in (None, 'classes', 'probabilities'):
+        fix = 'label_probabilities' if tap.output == 'probabilities' else 'labels'
+        raise ValueError(f"{name} needs at least 2 classes, the plan has a single output, whose softmax is always 1: "
+                         f"pass output={fix!r} or output='values'.")
+    if not self.dense and tuple(s[1:]) != (1, 1):
+        raise ValueError(f"{name} compares one set of scores per sample, got maps of {s[1]} x {s[2]}: use 'kd' or 'dist'.")
 
 # %% ../nbs/04a_distiller.ipynb #a18b19ba
 @patch
@@ -149,11 +185,12 @@ def toy_tap(
     student:Sequence[int], # Channels, or channels, height and width
     teacher:Sequence[int], # The same of the teacher
     kind:str='feature', # `'feature'` or `'logits'`
-    name:str|None=None # Name of the tap; its kind if not given
+    name:str|None=None, # Name of the tap; its kind if not given
+    output:str|None=None # What logits mean, a key of `OUTPUTS`
 ) -> Tap:
     "A tap without models, for examples and tests"
     places = [Place('', Layout('map'), (*s, 1, 1)[:3]) for s in (student, teacher)]
-    return Tap(name or kind, kind, *places)
+    return Tap(name or kind, kind, *places, output)
 
 # %% ../nbs/04a_distiller.ipynb #2ae6f2be
 @patch

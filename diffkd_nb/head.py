@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap, get_module, unwrap
+from .losses import Scores
 from .distiller import Distiller, check_number, no_autocast, to_float32
 
 # %% auto #0
@@ -130,6 +131,7 @@ class SRRL(Distiller):
     loss_names, stat_names = ('matching', 'regression'), ('head_gap',)
     default_taps, needs = ['feature', 'logits'], ('teacher',)
     takes = dict(feature=(1, 1), logits=(1, 1))
+    outputs = ('classes', 'labels', 'probabilities', 'label_probabilities')
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; one tap of each kind
         teacher:nn.Module, # The teacher; its last layer is copied
@@ -143,6 +145,7 @@ class SRRL(Distiller):
         self.matching, self.regression = check_number('matching', matching), check_number('regression', regression)
         self.order = [[t.kind for t in plan].index(k) for k in ('feature', 'logits')]
         feature, logits = (plan[i] for i in self.order)
+        self.scores = Scores(logits.output)
         self.head = TeacherHead(teacher, feature, logits.teacher.shape[0], classifier)
         self.adapters.extend(_connector(t, relu) if t is feature else nn.Identity() for t in plan)
 
@@ -159,7 +162,8 @@ def losses(self:SRRL, student, teacher, target=None):
     self.check_batch(student[feature])
     connected = to_float32(self.adapters[feature](student[feature]))
     s, t = self.head.pool(connected), self.head.pool(teacher[feature])
-    logits = teacher[scores].flatten(1)
+    _, logits = self.scores(student[scores].flatten(1), teacher[scores].flatten(1))
     read, own = self.head.read(s), self.head.read(t)
+    if self.scores.output == 'probabilities': read, own = read.log_softmax(1), own.log_softmax(1)
     self.stats = {'head_gap': (own - logits).abs().mean()}
     return {'matching': self.matching*F.mse_loss(s, t), 'regression': self.regression*F.mse_loss(read, logits)}

@@ -13,27 +13,36 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
-from .losses import dist_loss, kl_loss
+from .losses import SCORES, Scores, dist_loss, get_distance
 from .distiller import Distiller, check_labels, check_number, to_float32
 
 # %% auto #0
-__all__ = ['KD', 'dkd_loss', 'DKD', 'DIST', 'ofa_loss', 'exit_branch', 'OFA']
+__all__ = ['scores_of', 'KD', 'dkd_loss', 'DKD', 'DIST', 'ofa_loss', 'exit_branch', 'OFA']
+
+# %% ../nbs/06_logit_methods.ipynb #b47b54fb
+def scores_of(
+    plan:Sequence[Tap] # From `plan_taps`
+) -> nn.ModuleList: # One `Scores` for each logit tap, nothing for features
+    "What turns the outputs of each tap into scores"
+    return nn.ModuleList(Scores(t.output, t.teacher.shape[0]) if t.kind == 'logits' else nn.Identity() for t in plan)
 
 # %% ../nbs/06_logit_methods.ipynb #83ac676c
 class KD(Distiller):
     "Plain distillation of the logits (Hinton et al., 2015); needs logit taps"
     loss_names, default_taps = ('kd',), ['logits']
-    takes = dict(feature=(0, 0), logits=(1, math.inf))
+    takes, dense = dict(feature=(0, 0), logits=(1, math.inf)), True
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
-        temperature:float=4., # tau
+        temperature:float=4., # tau; without effect on values
         weight:float=1. # Factor on the loss
     ):
         super().__init__(plan, weight)
         self.temperature = check_number('temperature', temperature, positive=True)
+        self.scores = scores_of(plan)
+        self.distances = [get_distance('kl', temperature, t.output) for t in plan]
 
     def losses(self, student, teacher, target=None):
-        return {'kd': sum(kl_loss(s.flatten(1), t.flatten(1), self.temperature) for s,t in zip(student, teacher))}
+        return {'kd': sum(f(*m(s, t)) for f,m,s,t in zip(self.distances, self.scores, student, teacher))}
 
 # %% ../nbs/06_logit_methods.ipynb #eb50637d
 def dkd_loss(
@@ -57,6 +66,7 @@ class DKD(Distiller):
     "Decoupled distillation of the logits (Zhao et al., CVPR 2022); needs labels"
     loss_names, default_taps = ('tckd', 'nckd'), ['logits']
     takes, hard_labels = KD.takes, True
+    outputs = ('classes', 'probabilities')
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
         alpha:float=1., # Weight of the target class against the rest
@@ -66,8 +76,7 @@ class DKD(Distiller):
         warmup:int=0 # Steps during which the factor rises from 0
     ):
         super().__init__(plan, weight, warmup)
-        if min(t.student.shape[0] for t in plan) < 2:
-            raise ValueError("DKD needs at least 2 classes, the plan has logits of 1.")
+        self.scores = scores_of(plan)
         self.alpha, self.beta = check_number('alpha', alpha), check_number('beta', beta)
         self.temperature = check_number('temperature', temperature, positive=True)
 
@@ -75,17 +84,18 @@ class DKD(Distiller):
 @patch
 def losses(self:DKD, student, teacher, target=None):
     y = check_labels('DKD', target, len(student[0]))
-    pairs = [dkd_loss(s.flatten(1), t.flatten(1), y, self.temperature) for s,t in zip(student, teacher)]
+    scores = [m(s.flatten(1), t.flatten(1)) for m,s,t in zip(self.scores, student, teacher)]
+    pairs = [dkd_loss(s, t, y, self.temperature) for s,t in scores]
     return {'tckd': self.alpha*sum(a for a,_ in pairs), 'nckd': self.beta*sum(b for _,b in pairs)}
 
 # %% ../nbs/06_logit_methods.ipynb #88f57a70
 class DIST(Distiller):
     "Relations between classes and between samples (Huang et al., NeurIPS 2022); needs logit taps"
     loss_names, default_taps = ('dist',), ['logits']
-    takes = KD.takes
+    takes, dense, outputs = KD.takes, True, tuple(SCORES)
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
-        inter:float=2., # Weight of the relation over classes (beta in the paper)
+        inter:float=2., # Weight of the relation over classes (beta in the paper); a single output has none
         intra:float=2., # Weight of the relation over samples (gamma in the paper)
         temperature:float=4., # tau; the paper's 1 on ImageNet
         weight:float=1. # Factor on the loss
@@ -93,10 +103,12 @@ class DIST(Distiller):
         super().__init__(plan, weight)
         self.inter, self.intra = check_number('inter', inter), check_number('intra', intra)
         self.temperature = check_number('temperature', temperature, positive=True)
+        self.scores, self.kinds = scores_of(plan), [SCORES[t.output or 'classes'] for t in plan]
 
     def losses(self, student, teacher, target=None):
-        distance = lambda s, t: dist_loss(s.flatten(1), t.flatten(1), self.temperature, self.inter, self.intra)
-        return {'dist': sum(map(distance, student, teacher))}
+        options = self.temperature, self.inter, self.intra
+        pairs = [m(s, t) for m,s,t in zip(self.scores, student, teacher)]
+        return {'dist': sum(dist_loss(*p, *options, kind) for p,kind in zip(pairs, self.kinds))}
 
 # %% ../nbs/06_logit_methods.ipynb #6c1a09b5
 def ofa_loss(
@@ -141,6 +153,7 @@ class OFA(Distiller):
     "Exits at every stage of the student, for pairs of different architecture (Hao et al., NeurIPS 2023); needs labels"
     loss_names, default_taps = ('exits', 'logits'), ['exits', 'logits']
     takes, hard_labels = dict(feature=(1, math.inf), logits=(1, 1)), True
+    outputs = DKD.outputs
     def __init__(self,
         plan:Sequence[Tap], # Student's stages, shallow to deep, each with the teacher's output, and one logit tap
         eps:float=1., # Exponent of the target enhancement; 1.5 in the released program's example for ImageNet
@@ -155,6 +168,7 @@ class OFA(Distiller):
         self.temperature = check_number('temperature', temperature, positive=True)
         self.lambdas = dict(exits=check_number('exits', exits), logits=check_number('logits', logits))
         self.kinds = [t.kind for t in plan]
+        self.scores = next(m for m in scores_of(plan) if isinstance(m, Scores))
         self._make_branches(plan, width)
 
 # %% ../nbs/06_logit_methods.ipynb #75a8379f
@@ -189,5 +203,7 @@ def losses(self:OFA, student, teacher, target=None):
     y, out = check_labels('OFA', target, len(student[0])), dict(exits=0., logits=0.)
     for a,s,t,kind in zip(self.adapters, student, teacher, self.kinds):
         name = 'logits' if kind == 'logits' else 'exits'
-        out[name] += ofa_loss(a(s).flatten(1), t.flatten(1), y, self.eps, self.temperature)
+        z = a(s).flatten(1) # of an exit: scores already
+        own, t = self.scores(z, t.flatten(1))
+        out[name] += ofa_loss(own if kind == 'logits' else z, t, y, self.eps, self.temperature)
     return {k: self.lambdas[k]*v for k,v in out.items()}

@@ -6,14 +6,25 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/losses.html.md"""
 
 # %% ../nbs/04_losses.ipynb #0362ca63
 from __future__ import annotations
+import math
 from collections.abc import Callable
 from functools import partial
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['DISTANCES', 'mse_loss', 'kl_loss', 'dist_loss', 'attention', 'attention_mse_loss', 'get_distance']
+__all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
+           'dist_loss', 'attention', 'attention_mse_loss', 'get_distance']
+
+# %% ../nbs/04_losses.ipynb #4fecc47a
+# What the outputs of a model can be, in words
+OUTPUTS = dict(classes='one class among several', labels='independent labels', values='values',
+               probabilities='probabilities of one class among several',
+               label_probabilities='probabilities of independent labels')
+# Scores that they are compared as
+SCORES = dict(classes='classes', labels='labels', values='values', probabilities='classes',
+              label_probabilities='labels')
 
 # %% ../nbs/04_losses.ipynb #6b9e77e6
 def mse_loss(
@@ -24,7 +35,7 @@ def mse_loss(
     return F.mse_loss(student.float(), teacher.float())
 
 # %% ../nbs/04_losses.ipynb #27c44f34
-def _rows(x):
+def _rows(x): # (B, K) or (B, K, H, W)
     "Scores as (samples, classes): positions of a class map are samples"
     return x.float() if x.dim() == 2 else x.float().flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
 
@@ -38,6 +49,81 @@ def kl_loss(
     s, t = (F.log_softmax(_rows(x)/temperature, 1) for x in (student, teacher))
     return F.kl_div(s, t, reduction='batchmean', log_target=True)*temperature**2
 
+# %% ../nbs/04_losses.ipynb #e62175fc
+def labels_loss(
+    student:Tensor, # Logits of independent labels (B, K), or maps of them (B, K, H, W)
+    teacher:Tensor, # The same shape
+    temperature:float=1. # tau
+) -> Tensor: # Scalar, float32
+    "tau^2 times the sum of KL(teacher || student) over independent labels, mean over samples"
+    s, t = (_rows(x)/temperature for x in (student, teacher))
+    kl = sum(torch.sigmoid(k*t)*(F.logsigmoid(k*t) - F.logsigmoid(k*s)) for k in (1, -1))
+    return kl.sum(1).mean()*temperature**2
+
+# %% ../nbs/04_losses.ipynb #f8dcfc5e
+def values_loss(
+    student:Tensor, # Standardised values (B, K), or maps of them (B, K, H, W)
+    teacher:Tensor # The same shape
+) -> Tensor: # Scalar, float32
+    "Half the squared difference, summed over values, mean over samples: KL of normal distributions of width 1"
+    return (_rows(student) - _rows(teacher)).square().sum(1).mean()/2
+
+# %% ../nbs/04_losses.ipynb #30960d0f
+class Standardise(nn.Module):
+    "Subtract the teacher's mean and divide by its standard deviation, over all batches of training so far"
+    def __init__(self,
+        n:int # Outputs
+    ):
+        super().__init__()
+        self.register_buffer('count', torch.zeros((), dtype=torch.long))
+        for k in ('mean', 'squares'): self.register_buffer(k, torch.zeros(n))
+
+    def forward(self, student, teacher):
+        rows = _rows(teacher)
+        moments = _merged((self.count, self.mean, self.squares), rows)
+        if self.training:
+            for old,new in zip((self.count, self.mean, self.squares), moments): old.copy_(new)
+        mean, spread = _mean_and_spread(*(moments if self.training else self._known(moments)))
+        shape = (-1, *[1]*(teacher.dim() - 2))
+        return tuple((x.float() - mean.view(shape))/spread.view(shape) for x in (student, teacher))
+
+    def _known(self, batch):
+        "In eval mode: what training saw, or the batch where it saw nothing"
+        own = self.count, self.mean, self.squares
+        return [torch.where(self.count > 0, a, b) for a,b in zip(own, batch)]
+
+# %% ../nbs/04_losses.ipynb #a09a442a
+def _merged(moments, rows):
+    "Count, mean and sum of squared deviations with the rows (N, K) added (Chan et al., 1979)"
+    count, mean, squares = moments
+    n, own = len(rows), rows.mean(0)
+    total, off = count + n, own - mean
+    return total, mean + off*n/total, squares + (rows - own).square().sum(0) + off.square()*count*n/total
+
+def _mean_and_spread(count, mean, squares):
+    "Standard deviation; the size of the mean where it is below a thousandth of that, 1 for an output that is always 0"
+    var, size = squares/count, mean.square()
+    return mean, torch.where(var > 1e-6*size, var, torch.where(size > 0, size, 1)).sqrt()
+
+# %% ../nbs/04_losses.ipynb #78efda33
+def _log(p): return p.float().clamp(min=1e-30).log()
+
+class Scores(nn.Module):
+    "Outputs of student and teacher as scores that a distance understands; teacher without gradient"
+    def __init__(self,
+        output:str|Callable|None='classes', # A key of `OUTPUTS`, a distance of one's own, or None for classes
+        n:int=1 # Outputs
+    ):
+        super().__init__()
+        self.output = output
+        self.standardise = Standardise(n) if output == 'values' else None
+
+    def forward(self, student, teacher):
+        if self.output == 'values': return self.standardise(student, teacher)
+        if self.output == 'probabilities': return _log(student), _log(teacher)
+        if self.output == 'label_probabilities': return tuple(_log(x) - _log(1 - x.float()) for x in (student, teacher))
+        return student, teacher
+
 # %% ../nbs/04_losses.ipynb #677e0c01
 def _pearson(a, b):
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
@@ -49,10 +135,14 @@ def dist_loss(
     teacher:Tensor, # The same shape
     temperature:float=1., # tau
     inter:float=1., # Weight of the relation over classes (beta in its paper)
-    intra:float=1. # Weight of the relation over samples (gamma in its paper)
+    intra:float=1., # Weight of the relation over samples (gamma in its paper)
+    output:str='classes' # What the scores are: `'classes'`, `'labels'` or `'values'`
 ) -> Tensor: # Scalar, float32; 0 where the relations agree, up to (inter + intra)*2*tau^2
     "tau^2 times one minus Pearson correlation, over classes and over samples (Huang et al., DIST, NeurIPS 2022)"
-    s, t = (F.softmax(_rows(x)/temperature, 1) for x in (student, teacher))
+    if output == 'values': temperature = 1.
+    soft = dict(classes=lambda x: F.softmax(x, 1), labels=torch.sigmoid, values=lambda x: x)[output]
+    s, t = (soft(_rows(x)/temperature) for x in (student, teacher))
+    if s.shape[1] == 1: return temperature**2*intra*(1 - _pearson(s.T, t.T).mean())
     return temperature**2*(inter*(1 - _pearson(s, t).mean()) + intra*(1 - _pearson(s.T, t.T).mean()))
 
 # %% ../nbs/04_losses.ipynb #494a60c3
@@ -80,13 +170,24 @@ DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'attention_mse':
 # %% ../nbs/04_losses.ipynb #e92929b2
 def get_distance(
     name:str|Callable, # A key of `DISTANCES`, or any `f(student, teacher)` that gives a scalar
-    temperature:float=1. # Temperature of `'kl'` and `'dist'`; must be positive
+    temperature:float=1., # Temperature of `'kl'` and `'dist'`; must be positive and finite
+    output:str|Callable|None=None # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance itself
 ) -> Callable: # f(student, teacher) -> scalar
-    "A distance by name; `ValueError` for an unknown one"
-    if not (isinstance(temperature, (int, float)) and temperature > 0):
+    "A distance of scores by name, `'kl'` being that of their kind; `ValueError` for an unknown one"
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
     if callable(name): return name
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} "
                          "or a function of (student, teacher).")
-    return partial(DISTANCES[name], temperature=temperature) if name in ('kl', 'dist') else DISTANCES[name]
+    if name not in ('kl', 'dist'): return DISTANCES[name]
+    return _of_output(name, temperature, output)
+
+def _of_output(name, temperature, output):
+    "`'kl'` or `'dist'` for a kind of outputs"
+    if callable(output):
+        if name == 'kl': return output
+        raise ValueError("distance 'dist' is not defined where output is a function, which is the distance itself.")
+    kind = SCORES[output or 'classes']
+    if name == 'dist': return partial(dist_loss, temperature=temperature, output=kind)
+    return values_loss if kind == 'values' else partial(dict(classes=kl_loss, labels=labels_loss)[kind], temperature=temperature)

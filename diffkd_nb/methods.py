@@ -56,7 +56,7 @@ def option_defaults(
     skip = {'plan', *getattr(cls, 'needs', ())}
     if issubclass(cls, DiffKDDistiller):
         known = {**signature(DiffKD).parameters, **known}
-        skip |= {'student_channels', 'teacher_channels', 'kind', 'distance'}
+        skip |= {'student_channels', 'teacher_channels', 'kind', 'distance', 'output'}
     variable = lambda p: p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     return {n: p.default for n,p in known.items() if n not in skip and not variable(p)}
 

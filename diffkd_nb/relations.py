@@ -14,7 +14,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
 from .rng import Draws
-from .distiller import Distiller, check_number, no_autocast, to_float32, unit_vector, vector_length
+from .distiller import (Distiller, check_number, no_autocast, output_refusal, to_float32, unit_vector,
+                                 vector_length)
 
 # %% auto #0
 __all__ = ['rkd_losses', 'RKD', 'pkt_loss', 'PKT', 'nce_loss', 'CRD']
@@ -91,8 +92,9 @@ def nce_loss(
 # %% ../nbs/06b_relations.ipynb #d811b692
 class CRD(Distiller):
     "Contrast with a memory of all training samples (Tian et al., ICLR 2020); needs exactly one feature tap"
-    loss_names, needs = ('crd',), ('n_data', 'labels', 'draws', 'index')
+    loss_names, needs = ('crd',), ('n_data', 'labels', 'output', 'draws', 'index')
     takes = dict(feature=(1, 1), logits=(0, 0))
+    outputs, instead = ('classes', 'probabilities'), "'rkd', 'pkt' or 'kd'"
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; one tap of kind `'feature'`
         n_data:int, # Number of training samples
@@ -101,9 +103,11 @@ class CRD(Distiller):
         dim:int=128, # Width of the embeddings
         temperature:float=.07, # tau
         momentum:float=.5, # Share of the old embedding in the memory
-        weight:float=.8 # Factor on the loss
+        weight:float=.8, # Factor on the loss
+        output:str|None=None # What the model's outputs mean, see `OUTPUTS`: samples of one class are no negatives
     ):
         super().__init__(plan, weight)
+        if why := output_refusal(type(self), output): raise ValueError(why)
         self.temperature = check_number('temperature', temperature, positive=True)
         self.momentum, self.k = check_number('momentum', momentum), k
         embed = lambda role: nn.Linear(getattr(plan[0], role).shape[0], dim)
