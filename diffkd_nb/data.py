@@ -6,6 +6,8 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/data.html.md"""
 
 # %% ../nbs/11c_data.ipynb #e20dd530
 from __future__ import annotations
+import re
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from .loaders import ArrayDL, FileDL
 from .transforms import Renormalise, STATS, Views, apply_views
 
 # %% auto #0
-__all__ = ['digits_data', 'cifar_data', 'open_data', 'make_dls', 'data_hash', 'STATS', 'Renormalise', 'Views', 'apply_views',
-           'ArrayDL', 'FileDL', 'Data', 'ImageArrays', 'ImageFolder', 'array_dls', 'folder_arrays', 'folder_dls']
+__all__ = ['digits_data', 'cifar_data', 'share_data', 'open_data', 'make_dls', 'data_hash', 'STATS', 'Renormalise', 'Views',
+           'apply_views', 'ArrayDL', 'FileDL', 'Data', 'ImageArrays', 'ImageFolder', 'array_dls', 'folder_arrays',
+           'folder_dls']
 
 # %% ../nbs/11c_data.ipynb #2c907caf
 _all_ = ['STATS', 'Renormalise', 'Views', 'apply_views', 'ArrayDL', 'FileDL', 'Data', 'ImageArrays', 'ImageFolder',
@@ -38,7 +41,7 @@ def digits_data(
     x, y = torch.tensor(x[i]*15.9375).to(torch.uint8).view(-1, 1, 8, 8), torch.tensor(y[i])
     if size and size != 8: x = nn.functional.interpolate(x.float(), size, mode='bilinear').to(torch.uint8)
     return ImageArrays(x[:n], y[:n], x[n:], y[n:], list('0123456789'), f'digits ({n} for training)',
-                       'digits' if n == 1000 and size in (None, 8) else '')
+                       '' if n != 1000 else 'digits' if size in (None, 8) else f'digits?size={size}')
 
 # %% ../nbs/11c_data.ipynb #f7c9f540
 _CIFAR = {
@@ -147,15 +150,21 @@ def _read_cifar(folder, kind, download):
                      "or train/ and test/ with class folders. download=True fetches it.")
 
 # %% ../nbs/11c_data.ipynb #41b8b467
+def _value(name, text):
+    "Value of an option, None where it is none"
+    if name == 'corrupt': return text if text in ('stop', 'skip') else None
+    if name == 'share': return float(text) if re.fullmatch(r'0?\.\d*[1-9]\d*|1(\.0*)?', text) else None
+    return int(text) if name in ('limit', 'size', 'holdout') and text.isdigit() and int(text) else None
+
 def _options(spec, query):
-    "Whole numbers by name, from `'limit=N&size=N'`"
+    "Values by name, from `'limit=N&share=0.2'`"
     opts = {}
     for item in filter(None, query.split('&')):
-        k, _, v = item.partition('=')
-        if k not in ('limit', 'size', 'holdout') or not v.isdigit() or not int(v):
-            raise InputError(f"{spec}: expected limit=N, size=N or holdout=N with a positive whole number "
-                             f"after the question mark, got {item!r}.")
-        opts[k] = int(v)
+        name, _, text = item.partition('=')
+        opts[name] = _value(name, text)
+        if opts[name] is None:
+            raise InputError(f"{spec}: expected limit=N, size=N or holdout=N with a positive whole number, share=X up to 1, "
+                             f"or corrupt=skip after the question mark, got {item!r}.")
     return opts
 
 # %% ../nbs/11c_data.ipynb #843925a7
@@ -169,7 +178,18 @@ def _guess(folder, spec):
         if any(folder.glob(c['train'])) or (folder/base).is_dir() or folder.name == base: return kind
     return 'folder'
 
-# %% ../nbs/11c_data.ipynb #29459e94
+# %% ../nbs/11c_data.ipynb #c23fefc4
+def share_data(
+    data:ImageArrays, # Images in memory
+    share:float # Up to 1
+) -> ImageArrays: # Same validation, same normalisation
+    "Data with a fixed random share of its training images"
+    g = torch.Generator().manual_seed(0)
+    i = torch.randperm(data.n_train, generator=g)[:round(share*data.n_train)].sort().values
+    spec = data.spec and f"{data.spec}{'&' if '?' in data.spec else '?'}share={share}"
+    return replace(data, x=data.x[i], y=data.y[i], name=f'{data.name}, share {share}', spec=spec)
+
+# %% ../nbs/11c_data.ipynb #57c92798
 def open_data(
     spec, # A description (see the table), a folder, or data itself
     download:bool=False # Fetch CIFAR, checked by its sums, where the folder holds none
@@ -177,20 +197,27 @@ def open_data(
     "Open data by its description; `InputError` for what cannot be found"
     if isinstance(spec, Data): return spec
     text, _, query = str(spec).partition('?')
-    kind, _, path = text.partition(':')
     opts = _options(spec, query)
-    if text == 'digits': return digits_data(size=opts.get('size'))
+    share = opts.pop('share', None)
+    data = digits_data(size=opts.get('size')) if text == 'digits' else _open_folder(spec, text, opts, download)
+    if share is None: return data
+    if isinstance(data, ImageArrays): return share_data(data, share)
+    raise InputError(f"{spec}: share={share} is for images in memory: use arrays:FOLDER, or limit=N.")
+
+def _open_folder(spec, text, opts, download):
+    kind, _, path = text.partition(':')
     if kind == text or kind not in ('folder', 'arrays', *_CIFAR): kind, path = _guess(Path(text), spec), text
     if not Path(path).is_dir() and not (download and kind in _CIFAR):
         holds = f'the files of {kind}' if kind in _CIFAR else 'train/ and val/ with class folders'
         raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {holds} in it.")
     return _open_kind(kind, Path(path), opts, download, spec)
 
-# %% ../nbs/11c_data.ipynb #74b7fa91
+# %% ../nbs/11c_data.ipynb #1b989ef2
 def _open_kind(kind, folder, opts, download, spec):
-    if kind not in _CIFAR:
-        if 'holdout' in opts: raise InputError(f"{spec}: holdout=N is for cifar10:FOLDER and cifar100:FOLDER.")
-        return (ImageFolder if kind == 'folder' else folder_arrays)(folder, **opts)
+    for name,kinds in dict(holdout=[*_CIFAR], corrupt=['arrays']).items():
+        if name in opts and kind not in kinds:
+            raise InputError(f"{spec}: {name} is for {' and '.join(f'{k}:FOLDER' for k in kinds)}.")
+    if kind not in _CIFAR: return (ImageFolder if kind == 'folder' else folder_arrays)(folder, **opts)
     if (size := opts.pop('size', 32)) != 32:
         raise InputError(f"{spec}: images of {kind} are 32 pixels wide, size={size} does not go with it.")
     return cifar_data(kind, folder, download=download, **opts)

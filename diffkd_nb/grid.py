@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .files import InputError, write_whole
 from .methods import parse_method
 from .run import run_setup
-from .setup import Job, Setup
+from .setup import Job, Setup, Sources
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'Cell', 'grid_cells']
@@ -55,20 +55,21 @@ def grid_cells(
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
 # %% ../nbs/26_grid.ipynb #eadc373c
-def _work(setup, job):
+def _work(setup, job, sources=None):
     "Run one cell, from plain values"
     job = Job.from_dict(job)
     torch.set_num_threads(job.threads or os.cpu_count() or 1)
-    return run_setup(Setup.from_dict(setup), replace(job, progress=False))
+    return run_setup(Setup.from_dict(setup), replace(job, progress=False), sources)
 
 class _Here:
     "Runs cells one after the other in this process"
     def __init__(self, jobs): pass
     def __call__(self, todo, tick, deadline=math.inf):
         failed, threads = {}, torch.get_num_threads()
+        sources = Sources(todo[0][1].weights) if todo else None     # opened once for all cells
         for setup,job in todo:
             if time.monotonic() > deadline: break
-            try: _work(setup.to_dict(), job.to_dict())
+            try: _work(setup.to_dict(), job.to_dict(), sources)
             except InputError as e: failed[str(job.out)] = f'InputError: {e}'
             tick()
         torch.set_num_threads(threads)

@@ -59,7 +59,7 @@ def example(self:Data,
 def data_spec(
     kind:str, # `'folder'`, say
     folder:Path, # Where it lies
-    **options # Whole numbers; 0 and None are left out
+    **options # By name; 0 and None are left out
 ) -> str: # Such as `'folder:FOLDER?size=224'`
     "The text that opens data again"
     asked = '&'.join(f'{k}={v}' for k,v in options.items() if v)
@@ -220,7 +220,7 @@ def folder_arrays(
         if len(y) < 2:
             raise InputError(f"{folder} gives {len(y)} {what} images: more are needed "
                              "(a class folder of five or more keeps every fifth for validation).")
-    spec = data_spec('arrays', folder, size=size, limit=limit)
+    spec = data_spec('arrays', folder, size=size, limit=limit, corrupt=corrupt if corrupt != 'stop' else None)
     return ImageArrays(*found, [*train], f'{folder.name} ({size} px)', spec)
 
 # %% ../nbs/11b_images.ipynb #9fb54eab

@@ -132,7 +132,7 @@ def _check_table(folder):
 
 # %% ../nbs/28_verify.ipynb #f5a4a2f1
 def verify(
-    folder:Path, # A run, or a folder with runs in it (a comparison)
+    folder:Path, # A run, or a folder with runs and comparisons in it
     data=None, # Where the data is now, if not where it was
     teacher:Path|None=None, # The teacher's weights, to compare with the hash on record
     evaluate_students:bool=True, # False checks files only
@@ -151,10 +151,9 @@ def verify(
             asked = f"the student gives the {task_of(m['settings']).metric} of the manifest"
             checks.append(Check(str(out), asked, None, 'the student was not kept'))
         if weights is not None and m['settings']['teacher_hash']: checks.append(_check_teacher(out, m, weights))
-    if (folder/'table.csv').is_file() and (folder/'grid.json').is_file(): checks.append(_check_table(folder))
+    checks += [_check_table(f.parent) for f in sorted(folder.rglob('grid.json')) if (f.parent/'table.csv').is_file()]
     return checks
 
-# %% ../nbs/28_verify.ipynb #238a69dc
 def _runs_below(folder):
     "Folders with something of a run in them"
     if not folder.is_dir():
