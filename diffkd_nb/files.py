@@ -37,8 +37,11 @@ def write_whole(
 def file_hash(
     path:Path # A file
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file's bytes"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    "SHA-256 of a file's bytes, read piece by piece"
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while piece := f.read(2**20): h.update(piece)
+    return h.hexdigest()
 
 # %% ../nbs/00b_files.ipynb #34621db0
 def csv_text(

@@ -7,6 +7,8 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/models.html.md"""
 # %% ../nbs/12_models.ipynb #c8da9b68
 from __future__ import annotations
 import difflib, importlib
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 import timm, torch, torchvision
 from torch import nn
@@ -17,7 +19,8 @@ from .files import InputError
 
 # %% auto #0
 __all__ = ['MODELS', 'small_net', 'n_parameters', 'BasicBlock', 'CifarResNet', 'WideResNet', 'resnet50_cifar', 'MobileNetV1',
-           'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'vgg_cifar', 'library_of', 'make_model']
+           'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'vgg_cifar', 'registered_only', 'library_of',
+           'make_model']
 
 # %% ../nbs/12_models.ipynb #0b1db25d
 def small_net(
@@ -326,11 +329,26 @@ MODELS = { # Name to a function of (n_classes, in_chans)
     'vgg8': partial(vgg_cifar, 1), 'vgg13': partial(vgg_cifar, 2),
     'mobilenetv1': MobileNetV1, 'mobilenetv1_075_tf': partial(MobileNetV1, width=.75, asymmetric=True)}
 
+# %% ../nbs/12_models.ipynb #ff4e7cd5
+_importing = ContextVar('importing', default=True) # Whether a name may import code
+
+@contextmanager
+def registered_only(
+    yes:bool=True # False changes nothing
+):
+    "Within it a model comes from this package, timm or torchvision; `package.module:function` is refused"
+    token = _importing.set(_importing.get() and not yes)
+    try: yield
+    finally: _importing.reset(token)
+
 # %% ../nbs/12_models.ipynb #aecb7f53
 def _imported(name, n_classes):
     "A model of `'package.module:function'`"
     module, _, function = name.partition(':')
     what, expected = f'model {name!r} cannot be', 'Expected package.module:function'
+    if not _importing.get():
+        raise InputError(f"{what} made: it names code of its own, and only registered models are made here. "
+                         "Pass trust=True (--trust) if you trust where the name comes from.")
     try: make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError(f"{what} imported: {e}. {expected}, a function of the number of classes.") from None
@@ -367,7 +385,8 @@ def library_of(
     if kind == 'small' and rest.isdigit() and int(rest): return 'small', rest
     if name in MODELS: return 'ours', name
     if colon and kind not in ('timm', 'torchvision', 'small'): return 'module', name
-    if kind not in ('torchvision', 'small') and timm.is_model(bare): return 'timm', bare
+    own = timm.is_model(bare) and not set(bare) & set(':/')      # else timm would look at a place, not a name
+    if kind not in ('torchvision', 'small') and own: return 'timm', bare
     if kind not in ('timm', 'small') and bare in torchvision.models.list_models(): return 'torchvision', bare
     return None, bare
 

@@ -24,8 +24,8 @@ from .diagnostics import DenoisingDiagnostics, Diagnosis
 from .fast import CudaGraphStep
 from .files import InputError, csv_text, only_one, process_rank, world_size, write_whole
 from .methods import Method
-from .models import n_parameters
-from .weights import load_weights, save_weights, state_hash
+from .models import n_parameters, registered_only
+from .weights import check_fit, load_weights, save_weights, state_hash
 from .recipes import Recipe
 from .record import make_manifest, peak_memory
 from .rng import rng_state, set_rng_state
@@ -33,6 +33,7 @@ from .setup import Job, Opened, Setup, Sources, choose_device
 from .taps import unwrap
 from .tasks import open_data, task_of
 from .teacher_cache import TeacherCache
+from .trust import leads_out, read_manifest, trusted_spec
 
 # %% auto #0
 __all__ = ['EpochOrder', 'RunLog', 'MeanLoss', 'Checkpoint', 'learner', 'first_distiller', 'run_setup', 'run', 'stored_learner',
@@ -328,14 +329,26 @@ def run(
               checkpoint_every=checkpoint_every, keep_distiller=keep_distiller, keep_student=keep_student)
     return run_setup(setup, job)
 
+# %% ../nbs/24_run.ipynb #e1a92dd8
+def _stored_setup(folder, teacher, data, trust):
+    "What a stored run was, with the teacher's hash on record; `InputError` for what a stranger may not ask for"
+    if links := [] if trust else leads_out(folder):
+        raise InputError(f"{links[0]} links to a place outside of the folder: pass trust=True if you trust it.")
+    try: m = read_manifest(folder, trust); s, spec = m['settings'], trusted_spec(m, folder, data, trust)
+    except InputError as e: raise InputError(f"{folder/'manifest.json'}: {e}") from None
+    recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
+    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s.get('taps'), s.get('teacher_stats'))
+    return setup, s.get('teacher_hash')
+
 # %% ../nbs/24_run.ipynb #9fc5c8de
 def stored_learner(
     folder:Path, # A run with student.safetensors and distiller.safetensors
     teacher:str|nn.Module, # The teacher, as for `run`; its weights must be those on record
-    data=None, # Where the data is now, if not where it was
+    data=None, # Where the data is now, if not in the folder
     device='cpu', # Where to
     weights:Path|None=None, # Folder with files of published weights
-    num_workers:int|None=None # Processes that read files
+    num_workers:int|None=None, # Processes that read files
+    trust:bool=False # Whether the manifest may import code, lead out of the folder and name any size, see `verify`
 ) -> Learner: # Not to be trained
     "The Learner of a stored run, with student, distiller, teacher; `InputError` for what is missing or not on record"
     folder = Path(folder)
@@ -343,13 +356,12 @@ def stored_learner(
         if (folder/f).is_file(): continue
         raise InputError(f"{folder/f} is missing: expected a finished run made with keep_distiller=True "
                          "(diffkd_train --keep-distiller).")
-    m = json.loads((folder/'manifest.json').read_text())
-    s, spec = m['settings'], data or m['data']['spec'] or '?'
-    recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
-    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s['taps'], s['teacher_stats'])
+    setup, teacher_hash = _stored_setup(folder, teacher, data, trust)
     opened = setup.open(Sources(weights)); t = opened.teacher
-    if t.hash != s['teacher_hash']: raise InputError(f"{t.name} has other weights than the teacher of {folder}.")
-    learn = learner(opened, Job(folder, device, workers=num_workers))
+    if t.hash != teacher_hash: raise InputError(f"{t.name} has other weights than the teacher of {folder}.")
+    with registered_only(not trust):
+        check_fit(opened.student, folder/'student.safetensors')
+        learn = learner(opened, Job(folder, device, workers=num_workers))
     load_weights(learn.model, folder/'student.safetensors')
     load_weights(_distiller(learn).distiller, folder/'distiller.safetensors')
     return learn

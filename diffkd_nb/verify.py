@@ -6,21 +6,22 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/verify.html.md"""
 
 # %% ../nbs/28_verify.ipynb #32e9d1dd
 from __future__ import annotations
-import csv, io, json
+import csv, io, os, re
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from .comparison import Comparison
 from .files import InputError, file_hash
-from .weights import load_weights, state_hash
+from .models import registered_only
+from .weights import check_fit, load_weights, read_weights, state_hash
 from .record import manifest_hash
 from .setup import Sources, choose_device
 from .tasks import task_of
+from .trust import leads_out, read_manifest, trusted_spec
 
 # %% auto #0
-__all__ = ['TABLE_CHECK', 'Check', 'Report', 'add_same', 'verify']
+__all__ = ['TABLE_CHECK', 'UNREADABLE', 'Check', 'Report', 'add_same', 'verify']
 
 # %% ../nbs/28_verify.ipynb #9a81d5e4
 class Check(NamedTuple):
@@ -31,6 +32,7 @@ class Check(NamedTuple):
     detail:str='' # What was found
 
 TABLE_CHECK = 'the table is what the runs give' # The question about a comparison as a whole
+UNREADABLE = 'the manifest can be read' # The question before all others
 
 class Report(list):
     "List of `Check`; true if none failed"
@@ -44,20 +46,12 @@ class Report(list):
         return '\n'.join([*lines, f"{runs} run{'s' if runs != 1 else ''}, {counts}"])
 
 # %% ../nbs/28_verify.ipynb #3357db15
-def _read(out):
+def _read(out, trust):
     "The manifest of a run, None where it is none; what is wrong with it"
-    bad = lambda detail: (None, Check(str(out), 'the manifest can be read', False, detail))
     missing = Check(str(out), 'the run is finished', False, 'there is no manifest.json: start it again to finish it')
     if not (out/'manifest.json').is_file(): return None, missing
-    try: m = json.loads((out/'manifest.json').read_text())
-    except ValueError as e: return bad(f'it is no JSON ({e})')
-    wanted = ('settings', 'result', 'files', 'student_hash', 'data')
-    lacks = [k for k in wanted if not isinstance(m, dict) or k not in m]
-    if lacks: return bad(f"it is not that of a run, or of another version: it has no {', '.join(lacks)}")
-    try: m['settings']['recipe']['epochs'], m['result'][task_of(m['settings']).metric], m['data']['spec']
-    except (KeyError, TypeError) as e: return bad(f'it is not that of a run, or of another version: {e!r}')
-    except InputError as e: return bad(str(e))
-    return m, None
+    try: return read_manifest(out, trust), None
+    except InputError as e: return None, Check(str(out), UNREADABLE, False, str(e))
 
 # %% ../nbs/28_verify.ipynb #25740def
 def _check_files(out, m):
@@ -78,7 +72,7 @@ def _check_log(out, m):
     try:
         log = list(csv.DictReader(io.StringIO((out/'log.csv').read_text())))
         epochs, values = [int(r['epoch']) for r in log], [float(r[task.metric]) for r in log]
-    except (KeyError, ValueError) as e: yield check('the log can be read', False, str(e)); return
+    except (KeyError, TypeError, ValueError, csv.Error) as e: yield check('the log can be read', False, str(e)); return
     all_epochs = list(range(1, m['settings']['recipe']['epochs'] + 1))
     yield check('the log has every epoch', epochs == all_epochs, f'{len(log)} rows')
     last, best = values[-1] if values else None, (max if task.larger_is_better else min)(values, default=None)
@@ -89,18 +83,19 @@ def _check_log(out, m):
 # %% ../nbs/28_verify.ipynb #d061de79
 def add_same(add, a, b): add('the data is the same', a == b, f'{a[:20]}..., manifest {b[:20]}...'); return a == b
 
-def _check_student(out, m, spec, sources, device):
+def _check_student(out, m, find, sources, device):
     "Evaluate the stored student again"
     checks, s = [], m['settings']
     add = lambda what, ok, detail='': checks.append(Check(str(out), what, ok if ok is None else bool(ok), detail))
     task = task_of(s)
-    try: data = sources.data(spec or '?')
+    try: data = sources.data(find(m))
     except InputError as e:
         add(f'the student gives the {task.metric} of the manifest', None, f'the data is not here: {e} Pass data=.')
         return checks
     if not add_same(add, sources.data_hash(data), s['data_hash']): return checks
-    try: model = load_weights(task.model(s['student'], data), out/'student.safetensors')
-    except (ValueError, OSError) as e: add('the student loads', False, str(e)); return checks
+    make, file = lambda: task.model(s['student'], data), out/'student.safetensors'
+    try: check_fit(make, file); model = load_weights(make(), file)
+    except Exception as e: add('the student loads', False, str(e)); return checks      # any name may stand there
     add('the student is the one that was trained', state_hash(model) == m['student_hash'], 'other weights')
     found = task.evaluate(model, data, device, augmentation=s['recipe'].get('augmentation', ()))
     _compare_figures(add, task, found, m, data)
@@ -127,33 +122,49 @@ def _check_teacher(out, m, weights):
 
 def _check_table(folder):
     "Whether the stored table is what the runs give"
-    same = (folder/'table.csv').read_text() == Comparison(folder).table_text()
+    try: same = (folder/'table.csv').read_text() == Comparison(folder).table_text()
+    except Exception as e: return Check(str(folder), TABLE_CHECK, False, f'it cannot be made: {e!r}')
     return Check(str(folder), TABLE_CHECK, same, 'another table')
+
+# %% ../nbs/28_verify.ipynb #3c5aad39
+def _check_run(out, m, find, sources, device): # False for no evaluation
+    "All questions about a finished run"
+    yield from _check_files(out, m)
+    yield from _check_log(out, m)
+    if device is not False and (out/'student.safetensors').is_file():
+        yield from _check_student(out, m, find, sources, choose_device(device or 'cpu'))
+    if 'student.safetensors' not in m['files']:
+        asked = f"the student gives the {task_of(m['settings']).metric} of the manifest"
+        yield Check(str(out), asked, None, 'the student was not kept')
 
 # %% ../nbs/28_verify.ipynb #f5a4a2f1
 def verify(
-    folder:Path, # A run, or a folder with runs and comparisons in it
-    data=None, # Where the data is now, if not where it was
+    folder:Path, # A run, or a folder with runs in it (a comparison)
+    data=None, # Where the data is now, if not in the folder
     teacher:Path|None=None, # The teacher's weights, to compare with the hash on record
     evaluate_students:bool=True, # False checks files only
-    device=None # Where to evaluate; the CPU by default
+    device=None, # Where to evaluate; the CPU by default
+    trust:bool=False # Whether manifests may import `package.module:function`, lead out of the folder and name any size
 ) -> Report: # Prints well; true if nothing failed
     "Check everything that a run or a comparison claims"
     folder, checks, sources = Path(folder), Report(), Sources()
-    weights = None if teacher is None else load_file(teacher)
-    for out in _runs_below(folder):
-        m, wrong = _read(out)
-        if wrong: checks.append(wrong); continue
-        checks += [*_check_files(out, m), *_check_log(out, m)]
-        if evaluate_students and (out/'student.safetensors').is_file():
-            checks += _check_student(out, m, data or m['data']['spec'], sources, choose_device(device or 'cpu'))
-        if 'student.safetensors' not in m['files']:
-            asked = f"the student gives the {task_of(m['settings']).metric} of the manifest"
-            checks.append(Check(str(out), asked, None, 'the student was not kept'))
-        if weights is not None and m['settings']['teacher_hash']: checks.append(_check_teacher(out, m, weights))
-    checks += [_check_table(f.parent) for f in sorted(folder.rglob('grid.json')) if (f.parent/'table.csv').is_file()]
+    weights = None if teacher is None else read_weights(teacher)
+    runs, links = _runs_below(folder), [] if trust else leads_out(folder)
+    checks += [Check(str(f.parent), 'nothing leads out of the folder', False, f'{f.name} links to {os.readlink(f)}')
+               for f in links]
+    find = lambda m: trusted_spec(m, folder, data, trust)
+    with registered_only(not trust):
+        for out in runs:
+            if any(f.parent == out for f in links): continue
+            m, wrong = _read(out, trust)
+            checks += [wrong] if wrong else _check_run(out, m, find, sources, device if evaluate_students else False)
+            learnt = m and weights is not None and m['settings'].get('teacher_hash')
+            if learnt: checks.append(_check_teacher(out, m, weights))
+    readable = not links and not any(c.what == UNREADABLE for c in checks)
+    if readable and all((folder/f).is_file() for f in ('table.csv', 'grid.json')): checks.append(_check_table(folder))
     return checks
 
+# %% ../nbs/28_verify.ipynb #238a69dc
 def _runs_below(folder):
     "Folders with something of a run in them"
     if not folder.is_dir():

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import timm, torch, torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import ImageNetInfo
 from torch import nn, Tensor
@@ -20,7 +21,7 @@ from .models import library_of, make_model, n_parameters
 from .transforms import STATS
 
 # %% auto #0
-__all__ = ['TEACHERS', 'state_hash', 'save_weights', 'read_weights', 'load_weights', 'load_teacher', 'Published',
+__all__ = ['TEACHERS', 'state_hash', 'save_weights', 'read_weights', 'load_weights', 'check_fit', 'load_teacher', 'Published',
            'published_weights', 'load_published', 'imagenet_classes', 'classifier', 'keep_classes', 'teacher_source',
            'trained_model']
 
@@ -43,25 +44,63 @@ def save_weights(
     "Write the weights of a model"
     write_whole(path, save({k: v.detach().cpu().clone().contiguous() for k,v in model.state_dict().items()}))
 
-# %% ../nbs/12a_weights.ipynb #6b51a019
-_TORCH = ('.pth', '.pt', '.bin') # Endings of PyTorch's own files
+# %% ../nbs/12a_weights.ipynb #2c887f1e
+_TORCH = ('.pth', '.pt', '.bin', '.ckpt', '.tar') # Endings of PyTorch's own files
+
+class _Unread:
+    "Stands for an object of a class that is not imported: it holds nothing and does nothing"
+    def __new__(cls, *args, **kwargs): return object.__new__(cls)
+    def __init__(self, *args, **kwargs): pass
+    def __setstate__(self, state): pass
+
+def _stand_ins(path):
+    "Classes in place of those that a file of PyTorch names, found without running it"
+    try: names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception: return []         # an old format, or no file of PyTorch: reading it will tell
+    parts = [n.rpartition('.') for n in names]
+    return [type(name, (_Unread,), {'__module__': module, '__qualname__': name}) for module,_,name in parts]
+
+# %% ../nbs/12a_weights.ipynb #513dbf9e
+def _load_torch(path):
+    "What a file of PyTorch holds, with `weights_only`: no code of the file is run"
+    with torch.serialization.safe_globals(_stand_ins(path)):
+        try: return torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as e:
+            why = (str(e).splitlines() or [''])[0].partition('. ')[0][:200] or type(e).__name__
+            raise InputError(f"{path} cannot be read as weights of PyTorch without running code that is in it, "
+                             f"or it is damaged: {why}. Save the weights alone: "
+                             "torch.save(model.state_dict(), FILE).") from None
+
+def _load_safetensors(path):
+    try: return load_file(path)
+    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e}") from None
+
+# %% ../nbs/12a_weights.ipynb #d4a63a2b
+def _plain(name):
+    "The name of a weight without what parallel training and compilation put before it"
+    parts = [p for p in name.split('.') if p != '_orig_mod']
+    while parts[0] == 'module' and len(parts) > 1: parts = parts[1:]
+    return '.'.join(parts)
+
+_HOLDERS = ('state_dict', 'model', 'model_state_dict', 'model_ema', 'state_dict_ema', 'net') # The first counts
 
 def read_weights(
-    path:Path # A safetensors file, or one of PyTorch's (.pth, .pt, .bin) with weights only
+    path:Path # A safetensors file, or one of PyTorch's: weights, or a checkpoint that holds them
 ) -> dict: # Name to tensor
-    "Weights of a file; `InputError` for a missing or damaged one"
+    "Weights of a file; `InputError` for a missing or damaged one, and for one that holds none"
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file: expected a safetensors file with the weights of a model, "
                          "or a .pth file of PyTorch.")
-    pickled = path.suffix in _TORCH
-    try: sd = torch.load(path, map_location='cpu', weights_only=True) if pickled else load_file(path)
-    except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0].partition('. ')[0]
-        kind = 'PyTorch file of weights' if pickled else 'safetensors file'
-        raise InputError(f"{path} cannot be read as a {kind}: {why}") from None
-    sd = next((sd[k] for k in ('state_dict', 'model', 'model_state_dict') if isinstance(sd.get(k), Mapping)), sd)
-    return {k.removeprefix('module.'): v for k,v in sd.items() if isinstance(v, Tensor)}
+    with open(path, 'rb') as f: pickled = f.read(2)[:1] in (b'P', b'\x80') or path.suffix in _TORCH
+    found = _load_torch(path) if pickled else _load_safetensors(path)
+    sd = found if isinstance(found, Mapping) else {}
+    sd = next((sd[k] for k in _HOLDERS if isinstance(sd.get(k), Mapping)), sd)
+    weights = {_plain(k): v for k,v in sd.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if weights or pickled and found == {}: return weights
+    keys = ', '.join(map(str, [*sd][:5])) or 'nothing'
+    kind = f"a whole {type(found).__name__}" if isinstance(found, _Unread) else keys
+    raise InputError(f"{path} holds {kind} and no weights: save them alone, torch.save(model.state_dict(), FILE).")
 
 # %% ../nbs/12a_weights.ipynb #a6c2a48d
 def _misfits(own, sd):
@@ -73,19 +112,53 @@ def _misfits(own, sd):
     found = dict(missing=lacks, unexpected=set(sd) - set(own)) | {'other shape': shape}
     return '; '.join(f'{what}: {few(names)}' for what,names in found.items() if names)
 
+# %% ../nbs/12a_weights.ipynb #72e63555
+def _of_model(sd, own, path):
+    "The weights of `sd` under the one prefix, perhaps none, where the state `own` has all its names"
+    wanted = {k for k in own if not k.endswith('num_batches_tracked')}
+    if not wanted or wanted <= set(sd): return sd
+    any_name = min(wanted)
+    prefixes = [k.removesuffix(any_name) for k in sd if k.endswith('.' + any_name)]
+    fits = [p for p in prefixes if all(p + k in sd for k in wanted)]
+    if len(fits) > 1:
+        raise InputError(f"{path} holds several models with these names ({', '.join(fits)}): "
+                         "save the one that is meant.")
+    return {k.removeprefix(fits[0]): v for k,v in sd.items() if k.startswith(fits[0])} if fits else sd
+
+# %% ../nbs/12a_weights.ipynb #fefd351e
+def _refuse_misfits(path, model, sd):
+    if not (wrong := _misfits(model.state_dict(), sd)): return
+    who = f'{type(model).__name__} ({n_parameters(model):,} parameters)'
+    raise InputError(f"{path} does not fit the model {who}: {wrong}. "
+                     "Is it the right architecture and number of classes?")
+
 # %% ../nbs/12a_weights.ipynb #f2c0f659
 def load_weights(
     model:nn.Module, # Model of the same shape
     path:Path # See `read_weights`; half precision is converted
 ) -> nn.Module: # The same model
     "Load weights; `InputError` for a missing or damaged file and for names or shapes that do not fit"
-    sd, own = read_weights(path), model.state_dict()
-    if wrong := _misfits(own, sd):
-        who = f'{type(model).__name__} ({n_parameters(model):,} parameters)'
-        raise InputError(f"{path} does not fit the model {who}: {wrong}. "
-                         "Is it the right architecture and number of classes?")
+    own = model.state_dict()
+    sd = _of_model(read_weights(path), own, path)
+    _refuse_misfits(path, model, sd)
     model.load_state_dict({k: sd[k].to(v.dtype) if k in sd else v for k,v in own.items()})
     return model
+
+# %% ../nbs/12a_weights.ipynb #d3c361e0
+def check_fit(
+    make, # Function that gives a model; called where tensors take no memory
+    path:Path # A safetensors file
+):
+    "`InputError` where a file does not hold the weights of a model, before either is in memory"
+    try:
+        with torch.device('meta'): model = make()
+    except InputError: raise
+    except Exception: return        # a model that computes while it is made; it cannot be looked at in this way
+    try:
+        with safe_open(path, 'pt') as f:
+            sd = {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
+    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e}") from None
+    _refuse_misfits(path, model, sd)
 
 # %% ../nbs/12a_weights.ipynb #bc2c1671
 TEACHERS = { # File name to architecture, classes, normalisation (mean, std) and side of the image
@@ -232,7 +305,8 @@ def teacher_source(
 # %% ../nbs/12a_weights.ipynb #63d45074
 def _file_outputs(model, f):
     "Number of outputs of the classifier in a file of weights, 0 where it has none"
-    return len(read_weights(f).get(classifier(model)[0] + '.weight', ()))
+    sd = _of_model(read_weights(f), model.state_dict(), f)
+    return len(sd.get(classifier(model)[0] + '.weight', ()))
 
 # %% ../nbs/12a_weights.ipynb #fe775561
 def trained_model(

@@ -182,3 +182,44 @@ def test_a_teacher_of_another_normalisation_keeps_its_accuracy():
     scale = lambda k: (x[:50].float()/255 - torch.tensor(STATS[k][0])[:, None, None])/torch.tensor(STATS[k][1])[:, None, None]
     with torch.no_grad(): mapped, right, wrong = model(Renormalise(STATS['cifar10'], STATS['imagenet'])(scale('cifar10'))), model(scale('imagenet')), model(scale('cifar10'))
     assert (mapped - right).abs().max() < 1e-3 < .1 < (wrong - right).abs().max()
+
+
+class Callback: pass        # of a training program; a file that holds one names this module
+
+
+def files_of(sd, folder):
+    "A teacher's weights as people have them, by file name"
+    from fastai.vision.all import Learner, Adam
+    import argparse
+    from pairs import tensor_dls
+    model = make_model('resnet8', 10, 3); model.load_state_dict(sd)
+    learn = Learner(tensor_dls(32), model, opt_func=Adam, loss_func=nn.CrossEntropyLoss(), path=folder, model_dir='.')
+    learn.create_opt(); learn.save('learn'); learn.save('learn_model', with_opt=False)
+    prefixed = lambda p: {p + k: v for k,v in sd.items()}
+    inside = {'.'.join(['layer1', '_orig_mod', *k.split('.')[1:]]) if k.startswith('layer1.') else k: v for k,v in sd.items()}
+    holds = {'best.pth.tar': dict(epoch=3, arch='resnet8', state_dict=prefixed('module.'), best_acc1=np.float64(50.), args=argparse.Namespace(lr=.1)), 'timm.pth': dict(state_dict=sd, state_dict_ema={}, args=argparse.Namespace(lr=.1)),
+             'lightning.ckpt': {'epoch': 1, 'state_dict': {**prefixed('net.'), 'criterion.weight': torch.ones(3)}, 'callbacks': {'x': Callback()}, 'hyper_parameters': {'path': Path('a')}},
+             'compiled.pth': prefixed('_orig_mod.'), 'both.pth': prefixed('module._orig_mod.'), 'inside.pth': inside, 'ema.pth': dict(model_ema=sd), 'no_ending': sd, 'plain.pt': sd}
+    for name,held in holds.items(): torch.save(held, folder/name)
+    torch.save(sd, folder/'old.pth', _use_new_zipfile_serialization=False)
+    return ['learn.pth', 'learn_model.pth', 'old.pth', *holds]
+
+
+def test_a_teachers_file_as_people_have_it(tmp_path):
+    from diffkd_nb.weights import trained_model
+    want = make_model('resnet8', 10, 3)
+    for f in files_of(want.state_dict(), tmp_path):
+        assert state_hash(trained_model(f'resnet8@{tmp_path/f}', list('abcdefghij'), 3, 32)) == state_hash(want), f
+
+
+def test_what_is_no_weights_is_refused_in_words(tmp_path):
+    model, f = nn.Linear(2, 2), tmp_path/'w.pth'
+    torch.jit.save(torch.jit.trace(model, torch.ones(1, 2)), f)
+    with pytest.raises(InputError, match='TorchScript'): load_weights(nn.Linear(2, 2), f)
+    for held,says in ((model, 'a whole Linear and no weights'), ({'model': model, 'epoch': 3}, 'holds model, epoch and no weights'), ([1, 2], 'no weights'), ({'student.weight': model.weight, 'teacher.weight': model.weight, 'student.bias': model.bias,
+                      'teacher.bias': model.bias}, 'several models')):
+        torch.save(held, f)
+        with pytest.raises(InputError, match=says) as e: load_weights(nn.Linear(2, 2), f)
+        assert '\n' not in str(e.value)
+    f.write_bytes(b'PK nothing')
+    with pytest.raises(InputError, match='or it is damaged'): load_weights(nn.Linear(2, 2), f)
