@@ -153,7 +153,8 @@ def _check_logits(self:Distiller, tap):
         raise ValueError(f"{name} needs at least 2 classes, the plan has a single output, whose softmax is always 1: "
                          f"pass output={fix!r} or output='values'.")
     if not self.dense and tuple(s[1:]) != (1, 1):
-        raise ValueError(f"{name} compares one set of scores per sample, got maps of {s[1]} x {s[2]}: use 'kd' or 'dist'.")
+        raise ValueError(f"{name} compares one set of scores per sample, got maps of {s[1]} x {s[2]}: "
+                         "use 'kd' or 'dist'.")
 
 # %% ../nbs/04a_distiller.ipynb #a18b19ba
 @patch

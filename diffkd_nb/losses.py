@@ -121,8 +121,8 @@ class Scores(nn.Module):
     def forward(self, student, teacher):
         if self.output == 'values': return self.standardise(student, teacher)
         if self.output == 'probabilities': return _log(student), _log(teacher)
-        if self.output == 'label_probabilities': return tuple(_log(x) - _log(1 - x.float()) for x in (student, teacher))
-        return student, teacher
+        if self.output != 'label_probabilities': return student, teacher
+        return tuple(_log(x) - _log(1 - x.float()) for x in (student, teacher))
 
 # %% ../nbs/04_losses.ipynb #677e0c01
 def _pearson(a, b):
@@ -190,4 +190,5 @@ def _of_output(name, temperature, output):
         raise ValueError("distance 'dist' is not defined where output is a function, which is the distance itself.")
     kind = SCORES[output or 'classes']
     if name == 'dist': return partial(dist_loss, temperature=temperature, output=kind)
-    return values_loss if kind == 'values' else partial(dict(classes=kl_loss, labels=labels_loss)[kind], temperature=temperature)
+    if kind == 'values': return values_loss
+    return partial(dict(classes=kl_loss, labels=labels_loss)[kind], temperature=temperature)

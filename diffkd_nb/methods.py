@@ -79,7 +79,7 @@ def _wanted(tap, default_taps):
 # %% ../nbs/07a_methods.ipynb #48a16b68
 class Together(Distiller):
     "Several methods, their losses side by side; see `together`"
-    parts, takes = (), {} # Names of the methods; each checks its own taps
+    parts, takes, dense = (), {}, True # Names of the methods; each checks its own taps
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`, with the taps of all parts
         **options # Name of a method to a dict of its options; what the methods need

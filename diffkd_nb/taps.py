@@ -281,7 +281,7 @@ class Tap(NamedTuple):
     kind:str # One of `KINDS`
     student:Place # Where in the student
     teacher:Place # Where in the teacher
-    output:str|None=None # What logits mean: 'classes', 'labels', 'values', 'probabilities', see `outputs`; None: classes
+    output:str|None=None # What logits mean: 'classes', 'labels', 'values', 'probabilities', see `output_kind`
 
 # %% ../nbs/00_taps.ipynb #ddc0cf68
 def check_pair(
