@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/images.html.md"""
 
 # %% ../nbs/11b_images.ipynb #a8197cae
 from __future__ import annotations
-import hashlib, json, sys
+import hashlib, json, os, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from .files import InputError
 from .loaders import ArrayDataset, ArrayDL, FileDataset, FileDL
 from .rng import same_rng
-from .transforms import STATS, UNREADABLE, Views, as_floats, image_transform, make_augmentation
+from .transforms import STATS, UNREADABLE, Views, as_floats, as_rgb, image_transform, make_augmentation
 
 # %% auto #0
 __all__ = ['array_dls', 'folder_dls', 'Data', 'data_spec', 'ImageArrays', 'class_folders', 'read_splits', 'folder_arrays',
@@ -140,10 +140,21 @@ def hash(self:ImageArrays) -> str: # `'pixels:'` and 64 hexadecimal digits
 # %% ../nbs/11b_images.ipynb #77d0de38
 _EXT = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.ppm', '.tif', '.tiff'}
 
+def _seen(name): return not name.startswith('.') and name not in ('__MACOSX', '__pycache__', '@eaDir')
+
+def _images(root, above=()):
+    "Image files at any depth; links to folders are followed, but for those that lead back to a folder above"
+    here = os.path.realpath(root)
+    if here in above or not os.path.isdir(root): return
+    for f in Path(root).iterdir():
+        if not _seen(f.name): continue
+        if f.is_dir(): yield from _images(f, (*above, here))
+        elif f.suffix.lower() in _EXT: yield f
+
 def _class_folders(root, deep):
     "Class name to image files"
     found = {}
-    for f in sorted(f for f in root.rglob('*') if f.suffix.lower() in _EXT and f.parent != root):
+    for f in sorted(f for f in _images(root) if f.parent != root):
         found.setdefault(f.parent.name if deep else f.relative_to(root).parts[0], []).append(f)
     return dict(sorted(found.items()))
 
@@ -151,27 +162,44 @@ def _every_fifth(files, fifth):
     "Every fifth file of each class, or the others"
     return {c: [f for i,f in enumerate(fs) if (i % 5 == 4) == fifth] for c,fs in files.items()}
 
+# %% ../nbs/11b_images.ipynb #8d329d14
+_TRAIN, _VALID = ('train', 'training'), ('val', 'valid', 'validation', 'test', 'testing')
+
+def _splits(folder):
+    "Folders of training and validation, (None, None) where there are class folders; `InputError` for other splits"
+    found = folder.iterdir() if folder.is_dir() else ()
+    there = {d.name.lower(): d for d in found if d.is_dir() and _seen(d.name)}
+    train, valid = (next((there[n] for n in names if n in there), None) for names in (_TRAIN, _VALID))
+    if train and valid: return train, valid
+    words = (*_TRAIN, *_VALID, 'dev', 'eval', 'holdout', 'unlabeled')
+    named = [d for n,d in there.items() if n.rstrip('0123456789_-') in words]
+    nested = [d.name for d in named if next((f for f in _images(d) if f.parent != d), None)]
+    if not nested: return None, None
+    names = ', '.join(sorted(d.name for d in there.values())[:8])
+    raise InputError(f"{folder} has {names}, and {nested[0]} holds folders of images: "
+                     "expected train/ and one of val/, valid/, validation/, test/, or class folders alone.")
+
 # %% ../nbs/11b_images.ipynb #00398b32
 def class_folders(
-    folder:Path, # Has train/ and val/ with class folders, or class folders
+    folder:Path, # Has train/ and val/ (valid/, validation/, test/) with class folders, or class folders
     deep:bool=False # Whether the class is the folder that an image lies in, at any depth, or that of the first level
 ) -> tuple: # Two dicts, training and validation: class name to files
     "The image files of both splits; `InputError` where there are not two classes or where the splits do not fit"
-    val = next((folder/v for v in ('val', 'valid', 'test') if (folder/v).is_dir()), None)
-    if (folder/'train').is_dir() and val: train, valid = _class_folders(folder/'train', deep), _class_folders(val, deep)
+    start, val = _splits(folder)
+    if start: train, valid = _class_folders(start, deep), _class_folders(val, deep)
     else: train, valid = (_every_fifth(_class_folders(folder, False), fifth) for fifth in (False, True))
     if len(train) < 2:
         raise InputError(f"{folder} has {len(train)} class folders with images{': ' + [*train][0] if train else ''}, "
                          "expected at least two (class/image.png), or train/ and val/ with class folders in them.")
     if new := sorted(set(valid) - set(train)):
-        raise InputError(f"{val} has classes that are not in {folder/'train'}: {', '.join(new[:5])}.")
+        raise InputError(f"{val} has classes that are not in {start}: {', '.join(new[:5])}.")
     return train, valid
 
 # %% ../nbs/11b_images.ipynb #57435256
 def _read(f, size):
     "One image, its shorter side scaled to `size`, the middle cut out; None keeps the size"
     with Image.open(f) as im:
-        im = im.convert('RGB')
+        im = as_rgb(im)
         if size is not None:
             s = size/min(im.size)
             im = im.resize((max(round(im.width*s), size), max(round(im.height*s), size)), Image.BILINEAR)
@@ -184,7 +212,8 @@ def _tell_corrupt(bad, corrupt):
     if not bad: return
     names = ', '.join(str(f) for f in bad[:5]) + (', ...' if len(bad) > 5 else '')
     text = f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read: {names}"
-    if corrupt == 'stop': raise InputError(text + '. Remove or repair, or go on without with --corrupt skip.')
+    if corrupt == 'stop': raise InputError(f"{text}. Remove or repair {'them' if len(bad) > 1 else 'it'}; "
+                                        "folder_arrays(corrupt='skip') and diffkd_demo --corrupt skip go on without.")
     print(f'Left out: {text}', file=sys.stderr)
 
 # %% ../nbs/11b_images.ipynb #c8f040eb

@@ -19,7 +19,7 @@ from .rng import seeded
 from .transforms import UNREADABLE, Views, apply_views, as_floats, channel_tensors, draw_erasing, erase, read_pixels
 
 # %% auto #0
-__all__ = ['SeededDL', 'ArrayDataset', 'ArrayDL', 'FileDataset', 'FileDL']
+__all__ = ['SeededDL', 'ArrayDataset', 'ArrayDL', 'FileDataset', 'UnreadableImage', 'FileDL']
 
 # %% ../nbs/11a_loaders.ipynb #fb5132e1
 class SeededDL(DataLoader):
@@ -146,12 +146,17 @@ class FileDataset:
     def __len__(self): return len(self.files)
     def new_empty(self): return FileDataset([], self.y[:0], self.transform, self.erasing, self.classes)
 
+# %% ../nbs/11a_loaders.ipynb #730da340
+class UnreadableImage(InputError):
+    "An image file that cannot be read; one line also where a worker process adds its traceback to the message"
+    def __init__(self, text): super().__init__(text.strip().rpartition('UnreadableImage: ')[2])
+
 # %% ../nbs/11a_loaders.ipynb #c2aa0b11
 @patch
 def __getitem__(self:FileDataset, i):
     f = self.files[i]
     try: x = read_pixels(f)
-    except UNREADABLE as e: raise InputError(f"image {f} cannot be read: {e}") from None
+    except UNREADABLE as e: raise UnreadableImage(f"image {f} cannot be read: {e}. Remove or repair it.") from None
     with seeded(self.epoch_seed + 1_000_003*i):
         x = self.transform(x)
         return (x, self.y[i], *(draw_erasing(self.erasing, x) if self.erasing else ()))

@@ -67,13 +67,15 @@ def make_manifest(
     taps:list|None, # Where features were taken
     student_hash:str, # Of the student's weights
     out:Path, # Folder of the run, with its files in it
-    device='cpu' # Where it ran
+    device='cpu', # Where it ran
+    status:str='finished' # `'diverged'` where the loss was not finite at the end
 ) -> dict: # Sealed by its own hash
     "The record of a finished run"
     data = opened.data
-    m = dict(status='finished', settings=opened.settings, options=opened.setup.method.full_options(), taps=taps,
+    m = dict(status=status, settings=opened.settings, options=opened.setup.method.full_options(), taps=taps,
              code=code_version(), environment=environment(device), result=result, cost=cost,
-             data=dict(spec=data.spec, n_train=data.n_train, n_valid=data.n_valid, classes=len(data.classes)),
+             data=dict(spec=data.spec, n_train=data.n_train, n_valid=data.n_valid, classes=len(data.classes),
+                       class_names=list(map(str, data.classes))),
              student_hash=student_hash, files={f: file_hash(out/f) for f in FILES if (out/f).is_file()},
              finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     m = json.loads(json.dumps(m))

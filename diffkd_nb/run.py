@@ -257,6 +257,15 @@ def _train(opened, job, state):
         with shared, learn.no_bar(), learn.no_logging(): learn.fit(epochs, start_epoch=began)
     return learn, began, time.perf_counter() - start
 
+# %% ../nbs/24_run.ipynb #86d625c2
+def _status(rows, out):
+    "Whether a run has diverged; if so, that is said"
+    bad = [r['epoch'] for r in rows if not np.isfinite(r['train_loss'])]
+    if not bad or bad[-1] != rows[-1]['epoch']: return 'finished'
+    print(f"{out}: the training loss is not finite from epoch {bad[0]} on, so this student has learnt nothing: "
+          "lower the learning rate or the method's weight. The run is kept, with the status 'diverged'.", file=sys.stderr)
+    return 'diverged'
+
 # %% ../nbs/24_run.ipynb #713bdcd9
 def _finish(learn, opened, job, began, seconds):
     "Write student and manifest"
@@ -271,7 +280,7 @@ def _finish(learn, opened, job, began, seconds):
     seen = next((cb for cb in learn.cbs if isinstance(cb, DenoisingDiagnostics)), None)
     if seen is not None and seen.rows: Diagnosis(seen).save(out)
     m = make_manifest(opened, opened.task.result(rows), _cost(learn, job, began, seconds), d and _places(d.plan),
-                      state_hash(learn.model), out, job.place)
+                      state_hash(learn.model), out, job.place, _status(rows, out))
     write_whole(out/'manifest.json', json.dumps(m, indent=1))
     (out/'checkpoint.pt').unlink(missing_ok=True)
     return m

@@ -20,7 +20,7 @@ from .files import InputError
 
 # %% auto #0
 __all__ = ['STATS', 'UNREADABLE', 'AUGMENTATIONS', 'channel_tensors', 'as_floats', 'Renormalise', 'Views', 'apply_views',
-           'read_pixels', 'make_augmentation', 'image_transform', 'draw_erasing', 'erase']
+           'as_rgb', 'read_pixels', 'make_augmentation', 'image_transform', 'draw_erasing', 'erase']
 
 # %% ../nbs/11_transforms.ipynb #38b9f837
 STATS = { # Mean and standard deviation per channel, of pixels from 0 to 1
@@ -106,6 +106,17 @@ def named(cls:Views,
                          "only 'crop' and 'flip': use a recipe with these, or class folders on disk (folder:PATH).")
     return cls(4 if 'crop' in augmentation else 0, 'flip' in augmentation) if augmentation else None
 
+# %% ../nbs/11_transforms.ipynb #3ee616c2
+def as_rgb(
+    im:Image.Image # Any picture
+) -> Image.Image: # Three channels of 8 bits
+    "A picture in colour; 16 bits are scaled, `ValueError` for more than 16 or for floats"
+    if im.mode[0] not in 'IF': return im.convert('RGB')
+    x = np.asarray(im).astype(np.int64) if im.mode[0] == 'I' else np.array([-1])
+    if x.min() < 0 or x.max() > 65535:
+        raise ValueError(f'its pixels ({im.mode}) have no known range, expected 8 or 16 bits')
+    return Image.fromarray(((x + 128)//257).astype(np.uint8)).convert('RGB')
+
 # %% ../nbs/11_transforms.ipynb #3a925b3a
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError) # Raised by Pillow where there is no image
 
@@ -118,7 +129,7 @@ def read_pixels(
         try: x = decode_jpeg(torch.from_numpy(raw))
         except RuntimeError: pass       # damaged, or torchvision has no decoder here: Pillow decides
     if x is None or len(x) not in (1, 3):
-        with Image.open(f) as im: x = torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+        with Image.open(f) as im: x = torch.from_numpy(np.array(as_rgb(im))).permute(2, 0, 1)
     return x if len(x) == 3 else x.repeat(3, 1, 1)
 
 # %% ../nbs/11_transforms.ipynb #82cfdc71

@@ -139,8 +139,8 @@ def _check_run(out, m, find, sources, device): # False for no evaluation
 
 # %% ../nbs/28_verify.ipynb #f5a4a2f1
 def verify(
-    folder:Path, # A run, or a folder with runs and comparisons in it
-    data=None, # Where the data is now, if not where it was
+    folder:Path, # A run, or a folder with runs in it (a comparison)
+    data=None, # Where the data is now, if not in the folder
     teacher:Path|None=None, # The teacher's weights, to compare with the hash on record
     evaluate_students:bool=True, # False checks files only
     device=None, # Where to evaluate; the CPU by default
@@ -148,20 +148,23 @@ def verify(
 ) -> Report: # Prints well; true if nothing failed
     "Check everything that a run or a comparison claims"
     folder, checks, sources = Path(folder), Report(), Sources()
-    weights = None if teacher is None else load_file(teacher)
-    for out in _runs_below(folder):
-        m, wrong = _read(out)
-        if wrong: checks.append(wrong); continue
-        checks += [*_check_files(out, m), *_check_log(out, m)]
-        if evaluate_students and (out/'student.safetensors').is_file():
-            checks += _check_student(out, m, data or m['data']['spec'], sources, choose_device(device or 'cpu'))
-        if 'student.safetensors' not in m['files']:
-            asked = f"the student gives the {task_of(m['settings']).metric} of the manifest"
-            checks.append(Check(str(out), asked, None, 'the student was not kept'))
-        if weights is not None and m['settings']['teacher_hash']: checks.append(_check_teacher(out, m, weights))
-    checks += [_check_table(f.parent) for f in sorted(folder.rglob('grid.json')) if (f.parent/'table.csv').is_file()]
+    weights = None if teacher is None else read_weights(teacher)
+    runs, links = _runs_below(folder), [] if trust else leads_out(folder)
+    checks += [Check(str(f.parent), 'nothing leads out of the folder', False, f'{f.name} links to {os.readlink(f)}')
+               for f in links]
+    find = lambda m: trusted_spec(m, folder, data, trust)
+    with registered_only(not trust):
+        for out in runs:
+            if any(f.parent == out for f in links): continue
+            m, wrong = _read(out, trust)
+            checks += [wrong] if wrong else _check_run(out, m, find, sources, device if evaluate_students else False)
+            learnt = m and weights is not None and m['settings'].get('teacher_hash')
+            if learnt: checks.append(_check_teacher(out, m, weights))
+    readable = not links and not any(c.what == UNREADABLE for c in checks)
+    if readable and all((folder/f).is_file() for f in ('table.csv', 'grid.json')): checks.append(_check_table(folder))
     return checks
 
+# %% ../nbs/28_verify.ipynb #238a69dc
 def _runs_below(folder):
     "Folders with something of a run in them"
     if not folder.is_dir():

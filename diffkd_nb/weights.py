@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/weights.html.md"""
 
 # %% ../nbs/12a_weights.ipynb #e96dc4dc
 from __future__ import annotations
-import hashlib
+import hashlib, json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -308,6 +308,19 @@ def _file_outputs(model, f):
     sd = _of_model(read_weights(f), model.state_dict(), f)
     return len(sd.get(classifier(model)[0] + '.weight', ()))
 
+# %% ../nbs/12a_weights.ipynb #1467d849
+def _check_names(f, classes):
+    "`InputError` where the manifest beside a file of weights has other classes"
+    record = Path(f).with_name('manifest.json')
+    try: names = json.loads(record.read_text())['data']['class_names']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return      # none, or an older one
+    numbers = [*map(str, range(len(classes)))]
+    if not isinstance(names, list) or names == list(classes) or numbers in (names, list(classes)): return
+    if len(names) != len(classes): return        # the file will not fit, or keeps some of its classes
+    few = lambda names: ', '.join(map(str, names[:5])) + (', ...' if len(names) > 5 else '')
+    raise InputError(f"{f} was trained on the classes {few(names)} and the data has {few(classes)}: "
+                     "name the class folders alike, or train a teacher on this data.")
+
 # %% ../nbs/12a_weights.ipynb #fe775561
 def trained_model(
     spec:str, # See `teacher_source`
@@ -322,6 +335,7 @@ def trained_model(
     subset = len(classes) < 1000 and all(c in numbers for c in classes)
     if source is not None: model = load_published(source, folder)
     else:
+        _check_names(f, classes)
         model = make_model(name, len(classes), in_chans, img_size)
         if subset and _file_outputs(model, f) == 1000: model = make_model(name, 1000, in_chans, img_size)
         load_weights(model, f)

@@ -223,6 +223,7 @@ def test_augmentation_that_is_not_understood(name, photos):
 def test_every_mode_reads_as_pillow_reads_it(name, mode, kind, wave, tmp_path, monkeypatch):
     (Image.fromarray((np.asarray(wave.convert('L')).astype(np.uint16)*200)) if mode == 'I;16' else wave.convert(mode)).save(tmp_path/name, kind)
     want = as_bytes(Image.open(tmp_path/name).convert('RGB'))
+    if mode == 'I;16': want = torch.from_numpy(np.rint(np.asarray(wave.convert('L')).astype(int)*200/257)).to(torch.uint8).repeat(3, 1, 1)     # Pillow would clip
     assert torch.equal(read_pixels(tmp_path/name), want)
     def none(*a, **kw): raise RuntimeError('no such operator')
     monkeypatch.setattr(transforms, 'decode_jpeg', none)                  # a torchvision without its image library
@@ -264,3 +265,92 @@ def test_an_example_is_what_validation_shows_and_draws_nothing(kind, photos):
     assert random.getstate() == state[0] and (np.random.get_state()[1] == state[1]).all() and torch.equal(torch.get_rng_state(), state[2])
     assert x.shape == (3, d.channels, d.size, d.size) and torch.equal(x, next(iter(make_dls(d, 2, ()).valid))[0][:3])
     assert d.task == 'classification' and isinstance(d, data.Data)
+
+
+def png(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (16, 16), (value, 0, 0)).save(path)
+
+
+def tree(root, *splits, n=10):
+    for s in splits or ('',):
+        for c in ('ant', 'bee'):
+            for i in range(n): png(root/s/c/f'{i}.png', i)
+    return root
+
+
+KINDS = pytest.mark.parametrize('kind', ['folder', 'arrays'])
+
+
+@KINDS
+@pytest.mark.parametrize('junk', ['train/.ipynb_checkpoints/1-checkpoint.png', 'train/ant/.ipynb_checkpoints/1.png', '__MACOSX/train/ant/1.png', 'train/__MACOSX/ant/1.png', 'train/ant/._1.png', '.git/1.png', 'train/.thumbs/deep/1.png'])
+def test_hidden_folders_are_no_classes(kind, junk, tmp_path):
+    for root,name,n in ((tree(tmp_path/'a', 'train', 'val'), junk, (20, 20)), (tree(tmp_path/'b'), junk.replace('train/', ''), (16, 4))):
+        (root/name).parent.mkdir(parents=True, exist_ok=True); (root/name).write_bytes(b'\0\5\x16\7')
+        d = open_data(f'{kind}:{root}?size=16')
+        assert d.classes == ['ant', 'bee'] and (d.n_train, d.n_valid) == n
+
+
+@KINDS
+@pytest.mark.parametrize('train,valid', [('train', 'val'), ('train', 'valid'), ('train', 'validation'), ('train', 'test'), ('Train', 'Val'), ('training', 'testing')])
+def test_splits_are_known_by_their_names(kind, train, valid, tmp_path):
+    d = open_data(f'{kind}:{tree(tmp_path/"a", train, valid)}?size=16')
+    assert d.classes == ['ant', 'bee'] and (d.n_train, d.n_valid) == (20, 20)
+
+
+def test_of_several_splits_the_validation_is_taken(tmp_path):
+    root = tree(tree(tmp_path/'a', 'train', 'test'), 'validation', n=3)
+    assert open_data(f'folder:{root}').n_valid == 6
+
+
+@KINDS
+@pytest.mark.parametrize('splits', [('train', 'dev'), ('train',), ('test', 'val'), ('train1', 'train2'), ('validation', 'training_2')])
+def test_splits_of_other_names_are_one_error(kind, splits, tmp_path):
+    with pytest.raises(InputError, match='expected train/ and one of val/, valid/, validation/, test/, or class folders alone'): open_data(f'{kind}:{tree(tmp_path/"a", *splits)}?size=16')
+
+
+def test_a_train_may_be_a_class(tmp_path):
+    for c in ('train', 'bus', 'test'):
+        for i in range(5): png(tmp_path/'vehicles'/('test_drive' if c == 'test' else c)/f'{i}.png')
+    assert open_data(f'folder:{tmp_path/"vehicles"}').classes == ['bus', 'test_drive', 'train']
+
+
+@KINDS
+def test_links_to_folders_are_followed_and_circles_end(kind, tmp_path):
+    root, store = tree(tmp_path/'a', 'train', 'val'), tmp_path/'store'
+    for i in range(4): png(store/'cat'/f'{i}.png', i)
+    (root/'train'/'cat').symlink_to(store/'cat'); (root/'train'/'dog').symlink_to(store/'cat')      # twice is no circle
+    (store/'cat'/'up').symlink_to(root); (root/'train'/'ant'/'self').symlink_to(root/'train'/'ant')
+    d = open_data(f'{kind}:{root}?size=16')
+    assert d.classes == ['ant', 'bee', 'cat', 'dog'] and d.hash()
+    whole = tmp_path/'whole'; whole.symlink_to(tree(tmp_path/'b', 'train', 'val'))
+    assert open_data(f'{kind}:{whole}?size=16').n_train == 20
+
+
+@KINDS
+@pytest.mark.parametrize('ending', ['png', 'tif'])
+def test_sixteen_bits_are_scaled(kind, ending, tmp_path):
+    values = [0, 128, 129, 257, 12345, 32768, 60000, 65535]
+    for c in 'ab':
+        for i in range(10):
+            (tmp_path/'x'/c).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((16, 16), values[i % 8], np.uint16)).save(tmp_path/'x'/c/f'{i}.{ending}')
+    d = open_data(f'{kind}:{tmp_path/"x"}?size=16')
+    x = d.xv[0] if kind == 'arrays' else read_pixels(d.split(1)[0][0])
+    assert (x == round(values[4]/65535*255)).all() and x.dtype == torch.uint8
+    for f,v in zip(sorted((tmp_path/'x'/'a').iterdir())[:8], values): assert (read_pixels(f) == round(v/65535*255)).all()
+    Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path/'f.tif')
+    with pytest.raises(ValueError, match='no known range'): read_pixels(tmp_path/'f.tif')
+
+
+@KINDS
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_unreadable_picture_is_one_line_by_command(kind, workers, tmp_path, capfd):
+    from diffkd_nb.commands import train_main
+    root = tree(tmp_path/'a')
+    (root/'ant'/'3.png').write_text('no picture')
+    args = ['--data', f'{kind}:{root}?size=16', '--recipe', 'tiny', '--epochs', '1', '--batch-size', '16', '--student', 'small:4', '--method', 'alone', '--device', 'cpu', '--out', tmp_path/'o', *(['--workers', workers] if kind == 'folder' else [])]
+    assert train_main(list(map(str, args))) == 2
+    lines = [l for l in capfd.readouterr().err.splitlines() if l.strip()]
+    assert len(lines) == 1 and str(root/'ant'/'3.png') in lines[0] and 'cannot be read' in lines[0] and 'emove or repair it' in lines[0]
+    assert 'diffkd_train --corrupt' not in lines[0] and 'Traceback' not in lines[0]

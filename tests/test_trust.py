@@ -200,3 +200,30 @@ def test_stored_results_are_still_read():
     results = Path(__file__).parents[1]/'results'
     manifests = [f for f in results.rglob('manifest.json') if 'student_hash' in json.loads(f.read_text())]
     assert len(manifests) > 100 and all(read_manifest(f.parent)['result'] for f in manifests)
+
+
+def test_a_run_that_diverges_says_so_and_stays_on_record(tmp_path, capfd):
+    from diffkd_nb.commands import train_main
+    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--lr', '1e30', '--student', 'small:4', '--method', 'alone', '--device', 'cpu', '--out', str(tmp_path/'o')]
+    assert train_main(args) == 1
+    lines = [l for l in capfd.readouterr().err.splitlines() if l.strip()]
+    assert len(lines) == 1 and 'not finite from epoch 1' in lines[0]
+    assert json.loads((tmp_path/'o'/'manifest.json').read_text())['status'] == 'diverged' and verify(tmp_path/'o')
+    assert train_main(args) == 1                                    # the finished record is asked again
+
+
+def test_a_stored_teacher_of_other_classes_is_refused(tmp_path):
+    from PIL import Image
+    def folder(name, classes):
+        for v,c in enumerate(classes):
+            (tmp_path/name/c).mkdir(parents=True)
+            for i in range(25): Image.new('RGB', (8, 8), (90*v, i, 0)).save(tmp_path/name/c/f'{i}.png')
+        return f'arrays:{tmp_path/name}?size=8'
+    quick = get_recipe('tiny').replace(epochs=1, batch_size=16)
+    m = run(quick, folder('a', ['ant', 'bee']), None, 'small:4', 'alone', 0, tmp_path/'t', progress=False)
+    assert m['data']['class_names'] == ['ant', 'bee']
+    teacher, go = f"small:4@{tmp_path/'t'/'student.safetensors'}", lambda data, out: run(quick, data, teacher, 'small:4', 'kd', 0, tmp_path/out, progress=False)
+    with pytest.raises(InputError, match='was trained on the classes ant, bee and the data has bee, cow'): go(folder('b', ['bee', 'cow']), 'o')
+    assert go(folder('c', ['ant', 'bee']), 'p')['status'] == 'finished'
+    old = json.loads((tmp_path/'t'/'manifest.json').read_text()); del old['data']['class_names']; (tmp_path/'t'/'manifest.json').write_text(json.dumps(old))
+    assert go(f"arrays:{tmp_path/'b'}?size=8", 'o')                 # an older manifest tells nothing
