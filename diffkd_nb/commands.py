@@ -153,147 +153,6 @@ def guarded(
         return 3
     except KeyboardInterrupt: print(file=sys.stderr); say(f'interrupted. {kept}'); return 130
 
-# %% ../nbs/30_commands.ipynb #9f5528ed
-def train_parser() -> argparse.ArgumentParser:
-    "Options of `diffkd_train`"
-    p = argparse.ArgumentParser('diffkd_train', formatter_class=_HELP, description=textwrap.fill('Train one student, alone or with a teacher, and write manifest.json, log.csv and student.safetensors. '
-        'Interrupted or killed, the same command goes on where it stopped. Without a teacher and with --method alone it trains a teacher for later.', 100),
-        epilog=f"""{_WHERE}
-
-examples:
-  diffkd_train --data cifar100:data --student resnet56 --method alone --out teachers/resnet56
-  diffkd_train --data cifar100:data --teacher resnet56@teachers/resnet56/student.safetensors --student resnet20 --method diffkd --out runs/diffkd-0
-  diffkd_train --data digits --recipe tiny --student small:8 --method alone --out runs/try""")
-    _common(p)
-    p.add_argument('--teacher', help='NAME@FILE, or NAME@WEIGHTS for published ones (torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); not needed by --method alone')
-    p.add_argument('--student', required=True, help='name of a model')
-    p.add_argument('--method', default='diffkd', help='how to distil (default: diffkd)')
-    p.add_argument('--seed', type=at_least(0), default=0, help='initial weights, data order, views and noise (default: 0)')
-    p.add_argument('--out', required=True, type=Path, help='folder of the run; made if missing')
-    p.add_argument('--keep-distiller', action='store_true', help="also store the distiller's weights, for pictures")
-    p.add_argument('--diagnostics', action='store_true', help='look into DiffKD while it trains and write diagnostics.json')
-    return p
-
-def train_main(argv:list|None=None) -> int: # Exit status
-    "The command `diffkd_train`"
-    a = train_parser().parse_args(argv)
-    def work():
-        recipe = _recipe(a)
-        print(recipe, flush=True)
-        m = run(recipe, a.data, a.teacher, a.student, a.method, a.seed, a.out, keep_distiller=a.keep_distiller, diagnostics=a.diagnostics, **_options(a))
-        r, c = m['result'], m['cost']
-        print(f"\n{a.student}, {m['settings']['method']}, seed {a.seed}: {100*r['accuracy']:.2f} % in the last epoch (best {100*r['best_accuracy']:.2f} % in epoch {r['best_epoch']}), "
-              f"{c['ms_per_step']:.1f} ms a step, {c['seconds']:.0f} s.\n{a.out.resolve()}")
-        return int(m.get('status') == 'diverged')
-    return _guarded('diffkd_train', work, a.out)
-
-# %% ../nbs/30_commands.ipynb #20ba69f4
-def compare_parser() -> argparse.ArgumentParser:
-    "Options of `diffkd_compare`"
-    p = argparse.ArgumentParser('diffkd_compare', formatter_class=_HELP, description=textwrap.fill('Train every method on every pair with every seed, and say which differences are real. '
-        'Runs are paired by seed; finished ones are never run again, so the same command goes on after an interruption, or adds seeds and methods.', 100),
-        epilog=f"""{_WHERE}
-
-examples:
-  diffkd_compare --data cifar100:data --pair resnet56@t.safetensors resnet20 --methods alone kd dkd diffkd --seeds 3 --jobs 2 --out cmp
-  diffkd_compare --table 8 --data folder:imagenet --out table8
-  diffkd_compare --show cmp --reference kd""")
-    p.add_argument('--show', type=Path, help='print a stored comparison and train nothing')
-    for action in _common_actions(): p._add_action(action)
-    p.add_argument('--pair', nargs=2, action='append', metavar=('TEACHER', 'STUDENT'),
-                   help='NAME@WEIGHTS.safetensors and the name of a model; may be given several times')
-    p.add_argument('--table', help=f"a table of the paper in place of --pair and --recipe: {', '.join(TABLES)}")
-    p.add_argument('--methods', nargs='+', help="what to compare (default: alone kd diffkd, or the table's)")
-    p.add_argument('--seeds', type=at_least(1), default=3, help='runs of each method (default: 3)')
-    p.add_argument('--reference', help='method that the others are compared with (default: alone, or the one on record)')
-    p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, also on one GPU (default: 1)')
-    p.add_argument('--threads', type=at_least(1), help='CPU threads of a run (default: all cores over --jobs)')
-    p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
-    p.add_argument('--executor', choices=list(EXECUTORS), default='process',
-                   help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
-    p.add_argument('--out', type=Path, help='folder of the comparison; made if missing')
-    return p
-
-def _common_actions():
-    "The common options, of which a stored comparison needs none"
-    p = argparse.ArgumentParser(add_help=False); _common(p)
-    for a in p._actions: a.required = False
-    return p._actions
-
-# %% ../nbs/30_commands.ipynb #5ea439cd
-def compare_main(argv:list|None=None) -> int: # Exit status
-    "The command `diffkd_compare`"
-    p = compare_parser(); a = p.parse_args(argv)
-    if not a.show:
-        lacks = [f'--{k}' for k in ('data', 'pair', 'out') if not getattr(a, k) and not (k == 'pair' and a.table)]
-        if lacks: p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER)")
-    if a.table and (a.pair or a.recipe or a.reference): p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out')
-    def work():
-        if a.show: results = [Comparison(a.show)]
-        elif a.table:
-            if a.download: open_data(a.data, download=True)
-            options = _options(a); options.pop('weights', None)
-            results = run_table(a.table, a.data, a.out, a.seeds, a.weights, a.methods, partial(_changed, a), a.minutes, jobs=a.jobs, threads=a.threads, executor=a.executor, **options)
-        else: results = [compare(a.pair, a.methods or ['alone', 'kd', 'diffkd'], a.seeds, _recipe(a), a.data, a.out, a.reference or 'alone', a.jobs, a.threads, a.executor,
-                                 minutes=a.minutes, **_options(a))]
-        if not any(r.manifests for r in results) and a.minutes is not None and not any(r.failed for r in results):
-            print(f'No run was finished in {a.minutes:g} minutes. The same command goes on from here.'); return 0
-        for r in results: _show_result(a, r)
-        return 1 if any(r.failed for r in results) else 0
-    return _guarded('diffkd_compare', work, a.out)
-
-def _show_result(a, result):
-    "Print a comparison, and draw it where it was just made"
-    if not result.manifests:
-        if a.minutes is not None and not result.failed: return
-        raise InputError(f'{result.folder} holds no finished run{"" if not result.failed else "; see the messages above"}.')
-    ref = a.reference or result.grid['reference']
-    print('\n' + result.markdown(ref)); print('\n'.join(result.verdicts(ref)))
-    if a.show: return
-    result.plot(reference=ref)
-    plt.savefig(result.folder/'differences.png', dpi=110)
-    plt.close()
-    print(f'\nTable, verdicts and picture: {result.folder.resolve()}')
-
-# %% ../nbs/30_commands.ipynb #2fdee7b0
-def verify_parser() -> argparse.ArgumentParser:
-    "Options of `diffkd_verify`"
-    p = argparse.ArgumentParser('diffkd_verify', formatter_class=_HELP, description=textwrap.fill('Check what a run or a comparison claims: hashes of all files, agreement of manifest, log and table, and the accuracy of the stored student, evaluated again.', 100),
-        epilog="""examples:
-  diffkd_verify runs/diffkd-0
-  diffkd_verify cmp --data cifar100:data --teacher t.safetensors
-exit status: 0 all checks passed, 1 something does not match, 2 a mistake in the options""")
-    p.add_argument('folder', type=Path, help='a run, or a folder with runs in it')
-    p.add_argument('--data', help='where the data is now, if not where it was')
-    p.add_argument('--teacher', type=Path, help="the teacher's weights, to compare with the hash on record")
-    p.add_argument('--files-only', action='store_true', help='do not evaluate students')
-    p.add_argument('--device', help='where to evaluate (default: cpu)')
-    p.add_argument('--trust', action='store_true',
-                   help='let manifests import package.module:function, name data outside of the folder, and any size')
-    return p
-
-def verify_main(argv:list|None=None) -> int: # Exit status
-    "The command `diffkd_verify`"
-    a = verify_parser().parse_args(argv)
-    def work():
-        report = verify(a.folder, a.data, a.teacher, not a.files_only, a.device, a.trust)
-        print(report)
-        return 0 if report else 1
-    return _guarded('diffkd_verify', work)
-
-# %% ../nbs/30_commands.ipynb #5402fa78
-def main(argv:list|None=None) -> int: # Exit status
-    "`train`, `compare` or `verify` as the first argument"
-    argv = sys.argv[1:] if argv is None else argv
-    known = dict(train=train_main, compare=compare_main, verify=verify_main)
-    if not argv or argv[0] not in known:
-        print(f"usage: python -m diffkd_nb.commands {{{','.join(known)}}} ... (--help after each)", file=sys.stderr)
-        return 2
-    return known[argv[0]](argv[1:])
-
-# %% ../nbs/30_commands.ipynb #5f6a0399
-if __name__ == '__main__': sys.exit(main())
-
 # %% ../nbs/30_commands.ipynb #f979152f
 def train_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_train`"
@@ -324,7 +183,7 @@ def train_main(argv:list|None=None) -> int: # Exit status
         teachers = () if a.teacher is None else (a.teacher,)
         m = run_setup(Setup(recipe, a.data, a.student, teachers, a.method, a.seed, **decides), Job(a.out, **rest))
         _tell(a, m, task_of(m['settings']))
-        return 0
+        return int(m.get('status') == 'diverged')
     return guarded('diffkd_train', work, a.out)
 
 def _tell(a, m, task):
@@ -433,13 +292,15 @@ exit status: 0 all checks passed, 1 something does not match, 2 a mistake in the
     p.add_argument('--teacher', type=Path, help="the teacher's weights, to compare with the hash on record")
     p.add_argument('--files-only', action='store_true', help='do not evaluate students')
     p.add_argument('--device', help='where to evaluate (default: cpu)')
+    p.add_argument('--trust', action='store_true',
+                   help='let manifests import package.module:function, name data outside of the folder, and any size')
     return p
 
 def verify_main(argv:list|None=None) -> int: # Exit status
     "The command `diffkd_verify`"
     a = verify_parser().parse_args(argv)
     def work():
-        report = verify(a.folder, a.data, a.teacher, not a.files_only, a.device)
+        report = verify(a.folder, a.data, a.teacher, not a.files_only, a.device, a.trust)
         print(report)
         return 0 if report else 1
     return guarded('diffkd_verify', work)
