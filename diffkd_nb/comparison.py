@@ -206,7 +206,7 @@ def runs(self:Comparison) -> pd.DataFrame: # One row per finished run; accuracie
                'added_parameters', 'seconds', 'recipe', 'data', 'whole']
     return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
 
-# %% ../nbs/27_comparison.ipynb #acf246d3
+# %% ../nbs/27_comparison.ipynb #21a21b5f
 @patch
 def _row(self:Comparison, student, teacher, method, runs, base):
     "One row of the table"
@@ -217,10 +217,11 @@ def _row(self:Comparison, student, teacher, method, runs, base):
     whole = runs.whole.iloc[0]
     paper = published(teacher, student, method, whole) if whole else []      # other data has no figure to stand beside
     first = paper[0] if paper else dict(value=nan, source='')
-    return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(), 'sd': values.std(),
-            'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(), 'difference': d, 'difference low': dlow,
-            'difference high': dhigh, 'pairs': len(seeds), 'p': p, 'ms per step': runs.ms_per_step.median(),
-            'memory (MB)': runs.memory_mb.median(), 'added parameters': int(runs.added_parameters.max()),
+    return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(),
+            'sd': values.std(), 'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(), 'difference': d,
+            'difference low': dlow, 'difference high': dhigh, 'pairs': len(seeds), 'p': p,
+            'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.median(),
+            'added parameters': int(runs.added_parameters.max()),
             'published': first['value'], 'source': first['source']}
 
 # %% ../nbs/27_comparison.ipynb #06674f09
@@ -254,7 +255,7 @@ def _columns(metric):
             'difference high', 'pairs', 'p', 'ms per step', 'memory (MB)', 'added parameters', 'published', 'source',
             'p (Holm)', 'verdict']
 
-# %% ../nbs/27_comparison.ipynb #62ec4c37
+# %% ../nbs/27_comparison.ipynb #27c1ac86
 _num = lambda v, f: '-' if v is None or pd.isna(v) else format(v, f)
 _span = lambda a, b, f: '-' if pd.isna(a) else f'{a:{f}} to {b:{f}}'
 
@@ -262,8 +263,9 @@ def _line(r, metric):
     "A row of the table as Markdown"
     paper = '-' if pd.isna(r.published) else f'{r.published} ({r.source})'
     cells = [r.method, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
-             _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'), _num(r['p (Holm)'], '.3f'),
-             r.verdict, _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'), f"{r['added parameters']:,}", paper]
+             _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'),
+             _num(r['p (Holm)'], '.3f'), r.verdict, _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
+             f"{r['added parameters']:,}", paper]
     return f"| {' | '.join(map(str, cells))} |"
 
 @patch
@@ -275,11 +277,11 @@ def _title(self:Comparison, student, teacher, ref):
     what = f'{task.metric} in {task.unit}' if task.unit else task.metric
     return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed'
 
-# %% ../nbs/27_comparison.ipynb #f64011b4
+# %% ../nbs/27_comparison.ipynb #b4d589bd
 def _head(metric):
     "Header of a table as Markdown"
-    return [f'| method | {metric} | sd | n | 95 % interval | best epoch | difference | 95 % interval | p (Holm) | verdict '
-            '| ms/step | MB | added parameters | published |',
+    return [f'| method | {metric} | sd | n | 95 % interval | best epoch | difference | 95 % interval | p (Holm) '
+            '| verdict | ms/step | MB | added parameters | published |',
             '|---|--:|--:|--:|---|--:|--:|---|--:|---|--:|--:|--:|---|']
 
 @patch
@@ -307,7 +309,7 @@ def _repr_markdown_(self:Comparison): return self.markdown()
 @patch
 def __str__(self:Comparison): return self.markdown()
 
-# %% ../nbs/27_comparison.ipynb #9cc7970e
+# %% ../nbs/27_comparison.ipynb #da38c71b
 @patch
 def verdicts(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
@@ -317,7 +319,8 @@ def verdicts(self:Comparison,
     def say(r):
         low, high = r['difference low'], r['difference high']
         sure = f", 95 % interval {low:+.2f} to {high:+.2f}, p {r['p (Holm)']:.3f} (Holm), {r.pairs} seeds"
-        return f"{r.student}, {r.method} - {ref}: {r.difference:+.2f}{points}{sure if r.pairs > 1 else ''}: {r.verdict}."
+        said = f'{r.difference:+.2f}{points}' + (sure if r.pairs > 1 else '')
+        return f'{r.student}, {r.method} - {ref}: {said}: {r.verdict}.'
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
 
 # %% ../nbs/27_comparison.ipynb #36c37c0e
@@ -346,7 +349,7 @@ def plot(self:Comparison,
     if task.metric != 'accuracy': ax.set_xlabel(f'{task.metric}, difference to {ref}')
     return ax
 
-# %% ../nbs/27_comparison.ipynb #cf55f864
+# %% ../nbs/27_comparison.ipynb #6fc5298d
 def _word_against(n, whole, figure, difference, low, high):
     "A difference to a published figure in words"
     if not n: return 'not run'
@@ -363,17 +366,17 @@ def _row_against(self:Comparison, runs, teacher, student, method, dataset):
     paper = (published(teacher, student, method, dataset) or [dict(value=nan, std=None)])[0]
     d, low, high = (v - paper['value'] if whole else nan for v in (values.mean(), *interval(values)))
     return {'teacher': teacher, 'student': student, 'method': method, 'paper': paper['value'],
-            'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(), 'sd': values.std(),
-            'n': len(r), 'best': r.best.mean(), 'difference': d, 'low': low, 'high': high,
+            'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(),
+            'sd': values.std(), 'n': len(r), 'best': r.best.mean(), 'difference': d, 'low': low, 'high': high,
             'verdict': _word_against(len(r), whole, paper['value'], d, low, high)}
 
-# %% ../nbs/27_comparison.ipynb #fe02429a
+# %% ../nbs/27_comparison.ipynb #bc14248b
 @patch
 def against_published(self:Comparison,
     pairs:list, # (teacher, student) names
     methods:list, # See `parse_method`
     dataset:str='CIFAR-100' # Data of the paper
 ) -> pd.DataFrame: # One row per pair and method, also where nothing was run; NaN where there is no figure
-    "Published figure, ours of the last epoch with n, sd and best epoch, the difference with its 95 % interval, in words"
+    "Published figure, ours with n, sd and best epoch, and the difference with its 95 % interval and in words"
     runs, methods = self.runs, [str(parse_method(m)) for m in methods]
     return pd.DataFrame([self._row_against(runs, t, s, m, dataset) for t,s in pairs for m in methods])

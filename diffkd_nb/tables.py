@@ -74,7 +74,7 @@ def get_table(
     if str(number) in TABLES: return TABLES[str(number)]
     raise InputError(f"the paper's table {number!r} is not one that can be run: expected {', '.join(TABLES)}.")
 
-# %% ../nbs/29_tables.ipynb #518e97b5
+# %% ../nbs/29_tables.ipynb #39959bb7
 def teacher_file(
     teacher:str, # Teacher of a `Group`
     weights:Path|None # Folder with weights
@@ -85,8 +85,8 @@ def teacher_file(
     found = next((f for f in (Path(f'{weights}/{teacher}{e}') for e in ends) if f.is_file()), None)
     if found is not None: return f'{teacher}@{found}'
     raise InputError(f"the table's teacher {teacher!r} has no published weights: train it (diffkd_train --student "
-                     f"{teacher} --method alone) and put the file into a folder as {teacher}.safetensors, then name the folder "
-                     "(weights=FOLDER, --weights FOLDER).")
+                     f"{teacher} --method alone) and put the file into a folder as {teacher}.safetensors, then name the "
+                     "folder (weights=FOLDER, --weights FOLDER).")
 
 # %% ../nbs/29_tables.ipynb #6dd9d83f
 def run_table(

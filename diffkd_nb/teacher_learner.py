@@ -7,7 +7,6 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/teacher_learner.html.md"""
 # %% ../nbs/08b_teacher_learner.ipynb #f5d38e8d
 from __future__ import annotations
 import torch
-from fastai.basics import Learner
 from .files import InputError
 
 # %% auto #0
@@ -57,8 +56,8 @@ def _check_normalisation(theirs, own):
 
 # %% ../nbs/08b_teacher_learner.ipynb #8d41f898
 def compare_teacher(
-    teacher:Learner, # As the user gave it
-    learn:Learner, # The student's
+    teacher, # Learner, as the user gave it
+    learn, # The student's Learner
     transformed:bool=False # Whether a `teacher_transform` maps the student's input; the normalisation may differ then
 ):
     "`InputError` where two Learners say that their classes or their inputs differ"

@@ -30,9 +30,9 @@ def workers(pid):
     return [int(w) for server in children(pid, '-f', 'multiprocessing.forkserver') for w in children(server)]
 
 
-def a_worker(p):
-    "Wait for the first one"
-    while not (found := workers(p.pid)): assert p.poll() is None, p.communicate(); time.sleep(.02)
+def a_worker(p, out):
+    "Wait for the first one at work, which has opened its file of messages"
+    while not (list(out.rglob('*.err')) and (found := workers(p.pid))): assert p.poll() is None, p.communicate(); time.sleep(.02)
     return found[0]
 
 
@@ -73,7 +73,7 @@ c = grid({teacher!r}, Path({str(tmp_path/'c')!r}))
 print(list(c.failed.values()))
 ''')
     p = subprocess.Popen([sys.executable, '-W', 'ignore', str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    os.kill(a_worker(p), signal.SIGKILL)
+    os.kill(a_worker(p, tmp_path), signal.SIGKILL)
     out = p.communicate(timeout=200)[0]
     assert 'killed by signal 9' in out and out.count('signal') == 1 and out.count('begins') == 1
     c = grid(teacher, tmp_path/'c')
@@ -83,7 +83,7 @@ print(list(c.failed.values()))
 def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--pair', teacher, 'small:4', '--methods', 'alone', 'dkd',
                           '--seeds', '2', '--jobs', '2', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    a_worker(p)
+    a_worker(p, tmp_path)
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
@@ -97,7 +97,7 @@ def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
 def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '500', '--pair', teacher, 'small:4', '--methods', 'alone',
                           '--seeds', '1', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    found = a_worker(p)
+    found = a_worker(p, tmp_path)
     p.kill(); p.wait()
     end = time.time() + 20
     def alive():
