@@ -1,15 +1,17 @@
 "The command `diffkd_demo`: real runs, small; resume; one line for each mistake"
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+import workers
 from diffkd_nb import demo
+from diffkd_nb.data import cifar_data
+from diffkd_nb.verify import verify
+
+MAIN = 'diffkd_nb.demo:main'
 
 QUICK = ['--seeds', '1', '--epochs', '1', '--teacher-epochs', '1', '--teacher', 'small:4', '--student', 'small:2', '--batch-size', '16', '--share', '1', '--threads', '1']
-
-
-def command(*args, **kw): return subprocess.run([sys.executable, '-m', 'diffkd_nb.demo', *map(str, args)], capture_output=True, text=True, **kw)
 
 
 @pytest.fixture
@@ -34,23 +36,26 @@ def binaries(tmp_path):
     return d
 
 
+def logs(out): return {f.parent.relative_to(out).as_posix(): f.read_text() for f in sorted((out/'students').rglob('log.csv'))}
+
+
 def check_output(out, methods=('alone', 'kd', 'diffkd'), seeds=1, epochs=1):
-    table = [r.split(',') for r in (out/'table.csv').read_text().split()]
-    assert [r[0] for r in table] == ['method', 'teacher', *methods]
-    log = [r.split(',') for r in (out/'runs.csv').read_text().split()]
-    assert len(log) == 1 + len(methods)*seeds*epochs
-    i = log[0].index('accuracy')
-    for row in table[2:]:
-        last = [100*float(r[i]) for r in log[1:] if r[0] == row[0] and int(r[2]) == epochs]
-        assert len(last) == seeds and abs(np.mean(last) - float(row[1])) < .06
-    manifest = json.loads((out/'manifest.json').read_text())
-    assert {'settings', 'data_hash', 'teacher_hash', 'environment'} <= set(manifest) and manifest['environment']['torch']
+    "The table is the last epochs of the logs; all that is written stands checking"
+    table = pd.read_csv(out/'students'/'table.csv').set_index('method')
+    assert list(table.index) == list(methods) and (table.n == seeds).all()
+    found = {f.parent.relative_to(out).as_posix(): pd.read_csv(f) for f in sorted((out/'students').rglob('log.csv'))}
+    assert len(found) == len(methods)*seeds and all(len(log) == epochs for log in found.values())
+    for m in methods: assert abs(np.mean([100*log.accuracy.iloc[-1] for f, log in found.items() if f'/{m}/' in f]) - table.accuracy[m]) < 1e-3
+    made = [json.loads(f.read_text()) for f in out.rglob('manifest.json')]
+    assert len(made) == len(found) + 1 and all({'settings', 'environment', 'student_hash', 'hash'} <= set(m) and m['environment']['torch'] for m in made)
     for f in ('maps.png', 'training.png'): assert Image.open(out/f).size[0] > 300
-    assert not list(out.rglob('*.part'))
+    report = verify(out)
+    assert report and all(c.ok for c in report), report
+    assert json.loads((out/'settings.json').read_text())['epochs'] == epochs and not list(out.rglob('*.part'))
 
 
 def test_digits_end_to_end(tmp_path):
-    r = command('--out', tmp_path/'o', *QUICK, cwd=tmp_path)
+    r = workers.command(MAIN, '--out', tmp_path/'o', *QUICK, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     check_output(tmp_path/'o')
     assert 'last epoch' in r.stdout and str((tmp_path/'o').resolve()) in r.stdout and 'diffkd - kd' in r.stdout and 'Traceback' not in r.stderr
@@ -66,34 +71,39 @@ def test_cifar_layout(binaries, tmp_path, capsys):
     assert demo.main(['--data', str(binaries), '--out', str(tmp_path/'o'), *QUICK]) == 0
     check_output(tmp_path/'o')
     assert '60 training images, 60 of them for the student, 20 for validation, 100 classes' in capsys.readouterr().out
-    d = demo.cifar_data('cifar100', binaries, limit=2)
+    d = cifar_data('cifar100', binaries, limit=2)
     assert len(d.y) == 10 and d.classes[:6] == [*(f'c{i}' for i in range(5)), '5']
+
+
+def wait_for(p, found):
+    "Wait until `found` gives something"
+    end = time.time() + 120
+    while not found(): assert p.poll() is None and time.time() < end, p.output; time.sleep(.02)
 
 
 def test_killed_and_started_again(tmp_path):
     "A finished run is not run again; the result is that of an undisturbed run"
     args = [*QUICK, '--seeds', '2', '--epochs', '3']
-    whole = command('--out', tmp_path/'whole', *args)
+    whole = workers.command(MAIN, '--out', tmp_path/'whole', *args)
     assert whole.returncode == 0, whole.stderr
-    p = subprocess.Popen([sys.executable, '-m', 'diffkd_nb.demo', '--out', str(tmp_path/'o'), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first, end = tmp_path/'o'/'runs'/'alone-0.json', time.time() + 60
-    while not first.exists() and time.time() < end: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait()
-    kept = {f: f.stat().st_mtime_ns for f in (tmp_path/'o'/'runs').glob('*.json')}
+    p = workers.start_command(MAIN, '--out', tmp_path/'o', *args)
+    wait_for(p, lambda: list((tmp_path/'o'/'students').rglob('manifest.json')))
+    p.send_signal(signal.SIGKILL); p.wait(); time.sleep(.5)     # what it started ends, too
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path/'o'/'students').rglob('manifest.json')}
     assert 1 <= len(kept) < 6
-    again = command('--out', tmp_path/'o', *args)
-    assert again.returncode == 0 and f'{len(kept)} of them already in' in again.stdout
+    again = workers.command(MAIN, '--out', tmp_path/'o', *args)
+    assert again.returncode == 0 and f'{len(kept)} of them already in' in again.stdout, again.stderr
     assert all(f.stat().st_mtime_ns == t for f,t in kept.items())
-    assert (tmp_path/'o'/'runs.csv').read_text() == (tmp_path/'whole'/'runs.csv').read_text()
+    assert logs(tmp_path/'o') == logs(tmp_path/'whole')
 
 
 def test_interrupt_is_one_line(tmp_path):
-    p = subprocess.Popen([sys.executable, '-m', 'diffkd_nb.demo', '--out', str(tmp_path/'o'), *QUICK, '--epochs', '500'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.time() + 60
-    while not (tmp_path/'o'/'teacher.safetensors').exists() and time.time() < end: time.sleep(.02)
-    time.sleep(.3); p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=30)[1]
-    assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err and not list((tmp_path/'o').rglob('*.part'))
+    p = workers.start_command(MAIN, '--out', tmp_path/'o', *QUICK, '--epochs', '500')
+    wait_for(p, lambda: list((tmp_path/'o'/'students').rglob('log.csv')))
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err and len(err.strip().splitlines()) == 1
+    assert not list((tmp_path/'o').rglob('*.part')) and not list((tmp_path/'o').rglob('*.err'))
 
 
 # each: a function of tmp_path, the folders and the binaries that gives arguments
@@ -123,8 +133,8 @@ TABLE = [(lambda t, f, b: ['--data', t/'nowhere'], ['nowhere is not a folder', '
          (lambda t, f, b: ['--student', 'resnet81'], ["no model named 'resnet81'", 'resnet18']), (lambda t, f, b: ['--teacher', 'small:x'], ["'small:x'", 'small:4']),
          (other_settings, ['other settings', 'epochs: 1 there, 2 now', '--out']), (out_in_use, ['holds something else', '--out']), (out_is_a_file, ['holds something else']),
          (other_weights, ['does not fit the model']), (no_weights, ['gone.safetensors is not a file']), (lambda t, f, b: ['--student', 'convnext_atto'], ['student (ConvNeXt) fails', '(2, 1, 8, 8)']),
-         (lambda t, f, b: ['--data', f, '--batch-size', '500'], ['64 training images for the student', 'batch of 500']),
-         (lambda t, f, b: ['--data', b, '--size', '16'], ['--size 16', '32 pixels']), (stranger, ['classes that are not in', 'c'])]
+         (lambda t, f, b: ['--data', f, '--batch-size', '500'], ['64 training images are fewer', 'batch of 500']),
+         (lambda t, f, b: ['--data', b, '--size', '16'], ['size=16', '32 pixels']), (stranger, ['classes that are not in', 'c'])]
 
 
 @pytest.mark.parametrize('case', TABLE, ids=lambda c: c[0].__name__ if c[0].__name__ != '<lambda>' else c[1][0])
@@ -149,15 +159,17 @@ def test_corrupt_images_skipped_and_counted(folders, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_in_a_real_shell(tmp_path):
-    r = command('--data', tmp_path/'nowhere')
+    "Started from nothing, as a user does"
+    r = subprocess.run([sys.executable, '-m', 'diffkd_nb.demo', '--data', tmp_path/'nowhere'], capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and r.stderr.startswith('diffkd_demo: --data')
 
 
-def test_help_and_wrong_options():
-    r = command('--help')
-    assert r.returncode == 0 and all(o in r.stdout for o in ('--data', '--teacher', '--student', '--seeds', '--corrupt', '--out', 'timm'))
-    r = command('--epochs', '0')
-    assert r.returncode == 2 and 'must be at least 1, got 0' in r.stderr
+def test_help_and_wrong_options(capsys):
+    with pytest.raises(SystemExit) as e: demo.main(['--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(o in out for o in ('--data', '--teacher', '--student', '--seeds', '--corrupt', '--out', 'timm'))
+    with pytest.raises(SystemExit) as e: demo.main(['--epochs', '0'])
+    assert e.value.code == 2 and 'must be at least 1, got 0' in capsys.readouterr().err
 
 
 def test_the_readmes_picture_is_the_stored_runs():
