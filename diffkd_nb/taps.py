@@ -93,11 +93,6 @@ def find_layout(
     raise ValueError(f"cannot read an output of shape {tuple(x.shape)} as a feature map: expected (B, C), "
                      "(B, C, H, W), (B, H, W, C) or (B, N, C) with N a grid of patches. Tap another module.")
 
-def _is_channels_last(x, aspect, module):
-    if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (x.shape[-1],): return True
-    off = lambda h,w: abs(math.log(h/w/aspect))
-    return off(x.shape[1], x.shape[2]) < off(x.shape[2], x.shape[3])
-
 # %% ../nbs/00_taps.ipynb #603fdabf
 def _is_channels_last(x, aspect, module):
     if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (x.shape[-1],): return True
@@ -155,23 +150,6 @@ def _is_pool(m): return 'pool' in type(m).__name__.lower()
 def _is_global_pool(m): return _is_pool(m) and any(w in type(m).__name__.lower() for w in ('adaptive', 'global'))
 def _passes_through(m): return isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)) or 'Dropout' in type(m).__name__
 
-def _is_map(r):
-    "Whether a record has the form of a map, and is not what a pooling or a dropout made of one"
-    shaped = bool(r.name) and isinstance(r.output, Tensor) and r.output.dim() in (3, 4)
-    return shaped and not _is_pool(r.module) and not _passes_through(r.module)
-
-def _shapes_differ(records):
-    "Names of modules that ran more than once and gave different shapes, with these shapes"
-    shapes = {}
-    for r in records:
-        if isinstance(r.output, Tensor): shapes.setdefault(r.name, {})[tuple(r.output.shape)] = True
-    return {name: [*s] for name,s in shapes.items() if len(s) > 1}
-
-def _extent(r):
-    "Number of positions of a map, in the reading that has fewer"
-    s = r.output.shape
-    return s[1] if len(s) == 3 else min(s[1]*s[2], s[2]*s[3])
-
 # %% ../nbs/00_taps.ipynb #82940f5a
 def _is_map(r):
     "Whether a record has the form of a map, and is not what a pooling or a dropout made of one"
@@ -224,10 +202,6 @@ def _block(names):
     within = {n: sum(m == n or m.startswith(n+'.') for m in names) for n in names}
     big = [n for n in names if 2*within[n] >= max(within.values())]
     return [n for n in big if n.count('.') == min(m.count('.') for m in big)][-1]
-
-def _layout_in(model, module, out, aspect):
-    "Layout of a module's output in a model that may tell its prefix tokens"
-    return find_layout(out, aspect, module, getattr(model, 'num_prefix_tokens', None) if out.dim() == 3 else None)
 
 def _block(names):
     "The last of the outermost modules that hold at least half of what works at a size"
@@ -354,15 +328,6 @@ def _as_list(taps):
     raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
 
 # %% ../nbs/00_taps.ipynb #e3a8b91b
-def _as_list(taps):
-    "What was asked for as a list, with the default where nothing was"
-    if taps is None: return ['feature', 'logits']
-    if isinstance(taps, str) or not isinstance(taps, Sequence):
-        raise ValueError("taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], "
-                         f"got {taps!r}.")
-    if len(taps): return taps
-    raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
-
 def _requests(taps, s_rec, t_rec, stages):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name)`"
     for t in _as_list(taps):
