@@ -203,12 +203,6 @@ def _block(names):
     big = [n for n in names if 2*within[n] >= max(within.values())]
     return [n for n in big if n.count('.') == min(m.count('.') for m in big)][-1]
 
-def _block(names):
-    "The last of the outermost modules that hold at least half of what works at a size"
-    within = {n: sum(m == n or m.startswith(n+'.') for m in names) for n in names}
-    big = [n for n in names if 2*within[n] >= max(within.values())]
-    return [n for n in big if n.count('.') == min(m.count('.') for m in big)][-1]
-
 def _equal_parts(names, n):
     "Ends of `n` equal parts of the longest run of numbered siblings, such as a transformer's blocks"
     groups = {}
