@@ -93,6 +93,7 @@ def remove(self:OptimizerTail, opt):
     slow = getattr(opt, 'slow_weights', None) if isinstance(opt, Lookahead) else None
     if slow is not None: self.slow,slow[-1] = list(slow[-1][len(g):]),L(slow[-1][:len(g)])
 
+# %% ../nbs/09_callback.ipynb #bdb70c5c
 @patch
 def _add_slow(self:OptimizerTail, opt):
     "The slow weights that Lookahead keeps beside the parameters"
@@ -199,6 +200,7 @@ class DistillCallback(Callback):
     plan = property(lambda self: None if self.kd is None else self.kd.plan)
     distiller = property(lambda self: None if self.kd is None else self.kd.distiller)
 
+# %% ../nbs/09_callback.ipynb #4f241c25
 def _teacher_model(teacher):
     "A model, or that of a Learner"
     teacher = teacher.model if isinstance(teacher, Learner) else teacher
@@ -366,6 +368,7 @@ def _check_method(self:DistillCallback, d):
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and each process would keep "
                          "another: train in one process.")
 
+# %% ../nbs/09_callback.ipynb #3e9f6955
 @patch
 def _name(self:DistillCallback):
     "Class of the distiller"
@@ -417,7 +420,9 @@ def before_batch(self:DistillCallback):
     if not self.training or self.learn.lock.locked(): return
     if not self.fitting: self._begin()                                      # added in the middle of an epoch
     if unwrap(self.learn.model) is not self.kd.student: self._distillation()        # another callback has changed the model
-    if self.attached and self.joined is not self.learn.opt: self.tail.remove(self.joined); self.tail.add(self.learn.opt); self.joined = self.learn.opt
+    if self.attached and self.joined is not self.learn.opt:
+        self.tail.remove(self.joined); self.tail.add(self.learn.opt)
+        self.joined = self.learn.opt
     if not self.attached: self._begin_with(self.xb)
     self.kd.attach()
 

@@ -169,7 +169,9 @@ def _find(self:DenoisingDiagnostics):
     "The Learner's distillation; `ValueError` where it is not DiffKD"
     kd = distillation(self.learn)
     face = None if kd is None or kd.plan is not None else declared(kd.method)     # not planned yet
-    known = kd is not None and (isinstance(unwrap(kd.distiller), DiffKDDistiller) if kd.plan else face is None or face.title == 'DiffKDDistiller')
+    planned = kd is not None and kd.plan
+    known = kd is not None and (face is None or face.title == 'DiffKDDistiller')
+    if planned: known = isinstance(unwrap(kd.distiller), DiffKDDistiller)
     if not known:
         raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
     return kd

@@ -180,7 +180,8 @@ class Distillation:
         self.plan = self.distiller = self.generator = None
         self.draws,self._lent,self._recording = Draws(),None,False
         self.output_key,self.output,self.writes_inputs,self.made_of = output_key,output,False,None
-        self.waiting,self.same_data = None,None     # a state that was loaded before there was a plan; tells whether data are those of the memory
+        self.waiting = None         # a state that was loaded before there was a plan
+        self.same_data = None       # tells whether the data are those of the memory
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
 # %% ../nbs/08_distillation.ipynb #f6168feb

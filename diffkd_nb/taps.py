@@ -762,7 +762,8 @@ def _own(self:Capture, tap):
 @patch
 def _why_missing(self:Capture, tap):
     "Why a tapped module was not seen"
-    p, text, here = self.places[tap], f"tap {tap!r} of the {self.role} gave nothing in this forward pass", dict(unwrap(self.model).named_modules())
+    p, here = self.places[tap], dict(unwrap(self.model).named_modules())
+    text = f"tap {tap!r} of the {self.role} gave nothing in this forward pass"
     if self.strangers: return (f"{text}: a copy of the model ran in its place, as nn.DataParallel makes them. "
                                "Train on one device, or with DistributedDataParallel (learn.distrib_ctx).")
     if all(m is not here.get(p.name) for m,_ in self.hooks):
