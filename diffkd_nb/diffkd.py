@@ -219,13 +219,6 @@ def forward(self:DiffKD,
     denoised = self.project_out(x)
     return DiffKDOutput(denoised, target, gamma, self.distance(denoised, target), diffusion, reconstruction)
 
-@patch
-def _complete(self:DiffKD, given, student, teacher, draws):
-    "Draw what is needed and was not given"
-    needed = self.adapter is not None, self.denoiser is not None, self.denoiser is not None
-    if not any(n and g is None for n,g in zip(needed, given)): return given
-    return [d if g is None else g for g,d in zip(given, self.draw(student, teacher, draws))]
-
 # %% ../nbs/05_diffkd.ipynb #4cb092c2
 @patch
 def _complete(self:DiffKD, given, student, teacher, draws):
