@@ -17,6 +17,7 @@ from .relations import *
 from .head import *
 from .methods import *
 from .distillation import *
+from .precision import *
 from .callback import *
 from .data import *
 from .models import *

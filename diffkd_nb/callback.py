@@ -27,6 +27,7 @@ from .taps import unwrap
 from .distiller import Context
 from .diffkd import DiffKD, DiffKDDistiller
 from .distillation import Distillation, as_method
+from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
 __all__ = ['sample_inputs', 'OptimizerTail', 'batch_index', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
@@ -255,11 +256,15 @@ def before_train(self:DistillCallback):
     "Start the distillation, join the optimiser"
     if not self.fitting: return
     self.detach()
+    open_on_cpu(self.learn)
     dev = next(self.learn.model.parameters()).device
     self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     self.tail.add(self.learn.opt)
     self.attached = True
+
+@patch
+def before_validate(self:DistillCallback): open_on_cpu(self.learn)
 
 @patch
 def before_batch(self:DistillCallback):
@@ -270,6 +275,7 @@ def before_batch(self:DistillCallback):
 def after_batch(self:DistillCallback):
     "Take the hooks away (also after a cancelled batch)"
     if self.attached: self.kd.detach()
+    close_on_cpu(self.learn)
 
 # %% ../nbs/09_callback.ipynb #02aae309
 @patch
@@ -311,6 +317,7 @@ def detach(self:DistillCallback):
 def finish(self:DistillCallback):
     "Detach, and put back the teacher, the metrics and the Learner's own epoch"
     self.detach()
+    close_on_cpu(self.learn)
     if self.kd is not None: self.kd.finish()
     if not self.fitting: return
     self.fitting = False
