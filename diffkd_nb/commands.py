@@ -56,7 +56,8 @@ def _common(p):
     p.add_argument('--download', action='store_true', help='fetch CIFAR into its folder if it is not there (sums are checked)')
     p.add_argument('--workers', type=at_least(0), help='processes that read images from disk (folder:FOLDER only; default: 2)')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
-    p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision, on a GPU')
+    p.add_argument('--precision', '--amp', choices=['float32', 'bf16', 'fp16'],
+                   help='bf16: mixed precision on a GPU or a processor with instructions for it; fp16: on a GPU (default: float32)')
     p.add_argument('--channels-last', action='store_true', help='keep maps with the channels last: faster, rounded in another order')
     p.add_argument('--graph', action='store_true', help='record the training step as a CUDA graph, on a GPU')
     p.add_argument('--eval-batch', type=at_least(1), help='images per validation batch')
@@ -71,7 +72,7 @@ def _changed(a, r):
     return r.replace(**{k: v for k,v in dict(batch_size=a.batch_size, lr=a.lr).items() if v is not None})
 
 def _options(a):
-    return {k: v for k,v in dict(teacher_stats=a.teacher_stats, weights=a.weights, cache=a.cache, device=a.device, amp=a.amp,
+    return {k: v for k,v in dict(teacher_stats=a.teacher_stats, weights=a.weights, cache=a.cache, device=a.device, precision=a.precision,
                                  num_workers=a.workers, channels_last=a.channels_last or None, graph=a.graph or None, eval_batch=a.eval_batch).items() if v is not None}
 
 # %% ../nbs/30_commands.ipynb #8122f340
