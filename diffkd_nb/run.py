@@ -315,7 +315,7 @@ def run(
     cache:Path|TeacherCache|None=None, # Folder of a `TeacherCache`
     device=None, # GPU if there is one, by default
     precision:str='float32', # `'bf16'` (where the processor has instructions for it, or a GPU) or `'fp16'` (GPU)
-    channels_last:bool=False, # Keep maps and kernels with the channels last: faster, in another order of rounding
+    channels_last:bool=True, # Keep maps and kernels with the channels last; False rounds in the order of older runs
     graph:bool=False, # Record the step as a CUDA graph where there is a GPU, see `CudaGraphStep`
     eval_batch:int|None=None, # Images per validation batch
     num_workers:int|None=None, # Processes that read files
@@ -351,7 +351,8 @@ def stored_learner(
     m = json.loads((folder/'manifest.json').read_text())
     s, spec = m['settings'], data or m['data']['spec'] or '?'
     recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
-    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s['taps'], s['teacher_stats'])
+    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s['taps'], s['teacher_stats'],
+                  channels_last=s.get('channels_last', False))
     opened = setup.open(Sources(weights)); t = opened.teacher
     if t.hash != s['teacher_hash']: raise InputError(f"{t.name} has other weights than the teacher of {folder}.")
     learn = learner(opened, Job(folder, device, workers=num_workers))

@@ -126,6 +126,7 @@ def _check_student(out, m, spec, sources, device):
     try: model = load_weights(task.model(s['student'], data), out/'student.safetensors')
     except (ValueError, OSError) as e: add('the student loads', False, str(e)); return checks
     add('the student is the one that was trained', state_hash(model) == m['student_hash'], 'other weights')
+    if s.get('channels_last'): model = model.to(memory_format=torch.channels_last)
     both = _Both(model, _trained_in(m), device)
     found = task.evaluate(both, data, device, augmentation=s['recipe'].get('augmentation', ()))
     _compare_figures(add, task, found, m, data, both)
