@@ -16,6 +16,7 @@ from .feature_methods import *
 from .relations import *
 from .head import *
 from .methods import *
+from .engine import *
 from .distillation import *
 from .precision import *
 from .callback import *

@@ -30,8 +30,8 @@ from .distillation import Distillation, as_method
 from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
-__all__ = ['sample_inputs', 'OptimizerTail', 'batch_index', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
-           'distillation', 'DiffKDCallback']
+__all__ = ['ENGINE_STEPS', 'sample_inputs', 'OptimizerTail', 'batch_index', 'data_labels', 'DistillCallback',
+           'TeacherlessCallback', 'distillation', 'DiffKDCallback']
 
 # %% ../nbs/09_callback.ipynb #da6cef5c
 def sample_inputs(
@@ -139,6 +139,7 @@ class DistillCallback(Callback):
         verbose:bool=True, # Print the plan
         teacher_transform:Callable|None=None, # Function of the input, applied before the teacher sees it
         cache=None, # A `TeacherCache`; the teacher runs at every step without one
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher = _teacher_model(teacher)
@@ -149,6 +150,7 @@ class DistillCallback(Callback):
                              "Leave it out for the default, ['feature', 'logits'].")
         self.asked_taps,self.task_weight,self.seed,self.compile = taps,task_weight,seed,compile
         self.verbose,self.teacher_transform,self.cache = verbose,teacher_transform,cache
+        self.teacher_engine = teacher_engine
         self.kd = self.tail = self.before = self.trainer = None
         self.fitting = self.attached = False
         self.means,self.watched = {},[]
@@ -170,7 +172,7 @@ def make_plan(self:DistillCallback):
     student = unwrap(self.learn.model)
     if self.kd is not None and self.kd.student is student: return
     kd = Distillation(student, self.teacher, self.method, sample_inputs(self.learn), self.asked_taps, self.seed,
-                      self.teacher_transform, self.cache, self._context)
+                      self.teacher_transform, self.cache, self._context, self.teacher_engine)
     self.tail = OptimizerTail(kd.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(kd.distiller))
     if self.compile:
         for m in kd.distiller.pieces(): m.compile(fullgraph=True)
@@ -250,6 +252,19 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.cb.learn)    # saved or copied: the Learner's own
 
+# %% ../nbs/09_callback.ipynb #76bdf35a
+ENGINE_STEPS = 500 # Steps from which a folded teacher pays
+
+@patch
+def _engine_pays(self:DistillCallback):
+    "Whether the fit is long enough; says so once"
+    if self.teacher_engine != 'auto': return False
+    steps = self.learn.n_epoch*len(self.learn.dls.train)
+    long = steps >= ENGINE_STEPS
+    if self.verbose and self.learn.epoch == 0:
+        print(f"teacher engine: {'folded' if long else 'plain'}, {steps} steps ({ENGINE_STEPS} or more pay).")
+    return long
+
 # %% ../nbs/09_callback.ipynb #92972c38
 @patch
 def before_train(self:DistillCallback):
@@ -258,7 +273,8 @@ def before_train(self:DistillCallback):
     self.detach()
     open_on_cpu(self.learn)
     dev = next(self.learn.model.parameters()).device
-    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
+    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False),
+                  engine=self._engine_pays())
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     self.tail.add(self.learn.opt)
     self.attached = True
