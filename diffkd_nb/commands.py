@@ -61,6 +61,8 @@ def _common(p):
     p.add_argument('--channels-last', action='store_true', default=None, help='keep maps with the channels last (the default)')
     p.add_argument('--channels-first', action='store_false', dest='channels_last', default=None,
                    help='keep maps with the channels first, as older runs did: slower, rounded in another order')
+    p.add_argument('--teacher-engine', choices=['auto', 'plain'],
+                   help='auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding (default: plain)')
     p.add_argument('--graph', action='store_true', help='record the training step as a CUDA graph, on a GPU')
     p.add_argument('--eval-batch', type=at_least(1), help='images per validation batch')
 
@@ -75,7 +77,7 @@ def _changed(a, r):
 
 def _options(a):
     return {k: v for k,v in dict(teacher_stats=a.teacher_stats, weights=a.weights, cache=a.cache, device=a.device, precision=a.precision,
-                                 num_workers=a.workers, channels_last=a.channels_last, graph=a.graph or None, eval_batch=a.eval_batch).items() if v is not None}
+                                 num_workers=a.workers, channels_last=a.channels_last, teacher_engine=a.teacher_engine, graph=a.graph or None, eval_batch=a.eval_batch).items() if v is not None}
 
 # %% ../nbs/30_commands.ipynb #8122f340
 def _guarded(name, work, out=None):
