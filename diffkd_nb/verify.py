@@ -160,8 +160,10 @@ def verify(
             checks += [wrong] if wrong else _check_run(out, m, find, sources, device if evaluate_students else False)
             learnt = m and weights is not None and m['settings'].get('teacher_hash')
             if learnt: checks.append(_check_teacher(out, m, weights))
-    readable = not links and not any(c.what == UNREADABLE for c in checks)
-    if readable and all((folder/f).is_file() for f in ('table.csv', 'grid.json')): checks.append(_check_table(folder))
+    unread = [Path(c.run) for c in checks if c.what == UNREADABLE]
+    tables = sorted(f.parent for f in folder.rglob('grid.json') if (f.parent/'table.csv').is_file())
+    readable = [t for t in tables if not links and not any(u.is_relative_to(t) for u in unread)]
+    checks += [_check_table(t) for t in readable]
     return checks
 
 # %% ../nbs/28_verify.ipynb #238a69dc
