@@ -98,7 +98,7 @@ def of_version(root):
     done = subprocess.run([sys.executable, '-W', 'ignore', __file__], env=env, cwd=root, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f'the runs failed with the code in {root}')
-    return json.loads(done.stdout)
+    return json.loads(done.stdout[done.stdout.index('{'):])        # after what progress bars leave
 
 
 def main():
