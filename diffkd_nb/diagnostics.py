@@ -26,6 +26,7 @@ from .taps import unwrap
 from .diffusion import N_TIMES
 from .diffkd import DiffKD, DiffKDDistiller, trajectory
 from .callback import distillation
+from .distillation import declared
 
 # %% auto #0
 __all__ = ['RANGES', 'MAIN', 'linear_cka', 'distances', 'no_memory', 'look', 'gradient_norms', 'DenoisingDiagnostics',
@@ -167,7 +168,11 @@ class DenoisingDiagnostics(Callback):
 def _find(self:DenoisingDiagnostics):
     "The Learner's distillation; `ValueError` where it is not DiffKD"
     kd = distillation(self.learn)
-    if kd is None or not isinstance(unwrap(kd.distiller), DiffKDDistiller):
+    face = None if kd is None or kd.plan is not None else declared(kd.method)     # not planned yet
+    planned = kd is not None and kd.plan
+    known = kd is not None and (face is None or face.title == 'DiffKDDistiller')
+    if planned: known = isinstance(unwrap(kd.distiller), DiffKDDistiller)
+    if not known:
         raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
     return kd
 

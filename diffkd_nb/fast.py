@@ -57,10 +57,10 @@ def _why_callback(cb, cbs):
 # %% ../nbs/21_fast.ipynb #6e109b9f
 def _why_distillation(cb, cbs):
     "What about a distillation cannot be recorded"
-    looked_at = cb.kd.observers or any(type(c).__name__ == 'DenoisingDiagnostics' for c in cbs)
+    looked_at = cb.kd is not None and cb.kd.observers or any(type(c).__name__ == 'DenoisingDiagnostics' for c in cbs)
     if cb.cache is not None: return 'a teacher cache reads memory of the host'
     if looked_at: return 'diagnostics look into steps'
-    if 'index' in cb.distiller.needs: return f'{type(cb.distiller).__name__} must know which samples are in a batch'
+    if 'index' in cb.method.needs: return f'{cb._name()} must know which samples are in a batch'
 
 # %% ../nbs/21_fast.ipynb #6fb7bb37
 _OPTIMIZERS = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -273,7 +273,7 @@ def __deepcopy__(self:CudaGraphStep, memo):
 def _memory(self:CudaGraphStep):
     "Where everything lies that a step works on, and what is written into a recording"
     opt, kds = self.learn.opt.opt, self._kd()
-    modules = [self.learn.model, *(m for kd in kds for m in (kd.teacher, kd.distiller))]
+    modules = [self.learn.model, *(m for kd in kds for m in (kd.teacher, kd.distiller) if m is not None)]
     tensors = [p for g in opt.param_groups for p in g['params']]
     tensors += [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
     tensors += [t for m in modules for t in (*m.parameters(), *m.buffers())]

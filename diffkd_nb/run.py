@@ -183,7 +183,8 @@ def _distilling(opened, job):
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
     try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
-                                 cache=cache, teacher_transform=opened.transform, **options)]
+                                 cache=cache, teacher_transform=opened.transform,
+                                 inputs=opened.data.example(2), **options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada

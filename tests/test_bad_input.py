@@ -77,7 +77,10 @@ TABLE = {
 def test_mistake_is_told_when_the_learner_is_made(case):
     make, kind, says = TABLE[case]
     before = snapshot(STUDENT)
-    with pytest.raises(kind) as e: make_learner(STUDENT, cbs=make())
+    with pytest.raises(kind) as e:
+        cb = make()
+        cb.inputs = torch.zeros(2, 3, 32, 32)
+        make_learner(STUDENT, cbs=cb)
     for s in says: assert s in str(e.value), f'{s!r} not in {e.value}'
     assert len(str(e.value)) < 700
     same(before, snapshot(STUDENT)); assert n_hooks(STUDENT) == 0
@@ -98,7 +101,7 @@ def test_batch_of_one_sample():
 
 def test_teacher_that_overflows_during_training():
     teacher = sequential(8)
-    learn = make_learner(sequential(6), cbs=DiffKDCallback(teacher, verbose=False))
+    learn = make_learner(sequential(6), cbs=DiffKDCallback(teacher, verbose=False, inputs=torch.zeros(2, 3, 32, 32)))
     teacher[0].weight.data.fill_(float('inf'))
     with quiet(learn), pytest.raises(ValueError, match='teacher gave a value that is not finite'): learn.fit(1)
     assert n_hooks(learn.model) == n_hooks(teacher) == 0

@@ -17,7 +17,7 @@ def build(pair, **kw):
     set_seed(0)
     student, teacher, size = PAIRS[pair]
     student, teacher = student(), teacher()
-    cb = DiffKDCallback(teacher, verbose=False, **kw)
+    cb = DiffKDCallback(teacher, verbose=False, inputs=torch.zeros(2, 3, size, size), **kw)
     return make_learner(student, size, cb), student, teacher, cb
 
 
@@ -264,7 +264,7 @@ HABITS = {
 def test_distiller_trains(habit, opt, tmp_path):
     set_seed(0)
     teacher, body, head = sequential(20), sequential(6)[:6], sequential(6)[6:]
-    cb = DiffKDCallback(teacher, verbose=False)
+    cb = DiffKDCallback(teacher, verbose=False, inputs=torch.zeros(2, 3, 32, 32))
     learn = make_learner(nn.Sequential(body, head), cbs=cb, splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())], path=tmp_path,
                          opt_func=Adam if opt == 'fastai' else partial(OptimWrapper, opt=torch.optim.AdamW))
     before, frozen = weights(cb), [p.clone() for p in body.parameters() if p.dim() > 1]
@@ -279,7 +279,7 @@ def test_distiller_trains(habit, opt, tmp_path):
 @pytest.mark.parametrize('arch', [torchvision.models.resnet18])
 def test_vision_learner_freeze_and_fine_tune(arch):
     learn = vision_learner(tensor_dls(32), arch, pretrained=False, n_out=K, normalize=False, loss_func=CrossEntropyLossFlat(),
-                           cbs=(cb := DiffKDCallback(tv('resnet34'), latent=32, verbose=False)))
+                           cbs=(cb := DiffKDCallback(tv('resnet34'), latent=32, verbose=False, inputs=torch.zeros(2, 3, 32, 32))))
     groups, before = [len(g) for g in (learn.create_opt() or learn.opt.param_lists)], weights(cb)
     with quiet(learn):
         learn.freeze(); learn.fit_one_cycle(1, slice(1e-3))
@@ -412,7 +412,7 @@ def test_a_compiled_student_is_tapped():
     torch._dynamo.reset()
     set_seed(0)
     student = sequential(6)
-    cb = DiffKDCallback(sequential(20), verbose=False)
+    cb = DiffKDCallback(sequential(20), verbose=False, inputs=torch.zeros(2, 3, 32, 32))
     learn = make_learner(torch.compile(student, backend='eager'), cbs=cb)
     before = weights(cb)
     with quiet(learn): learn.validate(); learn.fit(2, 1e-3)
@@ -437,7 +437,7 @@ def test_no_host_synchronisation_inside_a_step():
 def test_other_channel_counts(widths):
     "Also fewer channels than the bottleneck divides by, and a student wider than its teacher"
     set_seed(0)
-    learn = make_learner(sequential(widths[0]), cbs=(cb := DiffKDCallback(sequential(widths[1]), verbose=False)))
+    learn = make_learner(sequential(widths[0]), cbs=(cb := DiffKDCallback(sequential(widths[1]), verbose=False, inputs=torch.zeros(2, 3, 32, 32))))
     before = weights(cb)
     with quiet(learn): learn.fit(1, 1e-3)
     assert moved(cb, before) and cb.plan[0].student.shape[0] == 2*widths[0] and cb.plan[0].teacher.shape[0] == 2*widths[1]
