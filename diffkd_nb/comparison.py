@@ -149,6 +149,7 @@ def _finished(out, failed):
     result = Comparison(out)
     result.failed = {Path(k).relative_to(out).as_posix(): v for k,v in failed.items()}
     for k,v in result.failed.items(): print(f'FAILED {k}: {v}', file=sys.stderr)
+    for k in result.diverged: print(f'DIVERGED {k}: the training loss is not finite at the end', file=sys.stderr)
     result.save()
     return result
 
@@ -172,6 +173,11 @@ class Comparison:
         "The task of the runs"
         first = next(iter(self.manifests.values()), None)
         return get_task() if first is None else task_of(first['settings'])
+
+    @property
+    def diverged(self): # Folders
+        "Runs whose training loss was not finite at the end"
+        return [f for f,m in self.manifests.items() if m.get('status') == 'diverged']
 
     def _reference(self, asked=None): return str(parse_method(asked or self.grid['reference']))
 
@@ -222,7 +228,8 @@ def _row(self:Comparison, student, teacher, method, runs, base):
             'difference low': dlow, 'difference high': dhigh, 'pairs': len(seeds), 'p': p,
             'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.median(),
             'added parameters': int(runs.added_parameters.max()),
-            'published': first['value'], 'source': first['source']}
+            'published': first['value'], 'source': first['source'],
+            'diverged': sum(f in self.diverged for f in runs.folder)}
 
 # %% ../nbs/27_comparison.ipynb #06674f09
 @patch
@@ -247,7 +254,8 @@ def table(self:Comparison,
         for row,p in zip(own, holm([r['p'] for r in own])):
             word = verdict_word(sign*row['difference'], p) if len(base) else 'no reference'
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
-    return pd.DataFrame(rows, columns=None if rows else _columns(metric))
+    found = pd.DataFrame(rows, columns=None if rows else _columns(metric))
+    return found if self.diverged else found.drop(columns='diverged', errors='ignore')
 
 def _columns(metric):
     "Columns of the table, also where there is no run yet"
@@ -262,7 +270,9 @@ _span = lambda a, b, f: '-' if pd.isna(a) else f'{a:{f}} to {b:{f}}'
 def _line(r, metric):
     "A row of the table as Markdown"
     paper = '-' if pd.isna(r.published) else f'{r.published} ({r.source})'
-    cells = [r.method, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
+    bad = r.get('diverged', 0)
+    name = f'{r.method} ({bad} of {r.n} diverged)' if bad else r.method
+    cells = [name, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
              _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'),
              _num(r['p (Holm)'], '.3f'), r.verdict, _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
              f"{r['added parameters']:,}", paper]
@@ -292,6 +302,9 @@ def _remarks(self:Comparison):
     missing = [c for c in cells if c not in self.manifests]
     few = ', '.join(missing[:3]) + ', ...'*(len(missing) > 3)
     if missing: yield from (f'Not run: {len(missing)} of {len(cells)} cells ({few}).', '')
+    bad = ', '.join(self.diverged[:3]) + ', ...'*(len(self.diverged) > 3)
+    n = f'{len(self.diverged)} of {len(self.manifests)}'
+    if bad: yield from (f'Diverged, so that the student has learnt nothing: {n} runs ({bad}).', '')
 
 # %% ../nbs/27_comparison.ipynb #62fa4325
 @patch
@@ -320,7 +333,8 @@ def verdicts(self:Comparison,
         low, high = r['difference low'], r['difference high']
         sure = f", 95 % interval {low:+.2f} to {high:+.2f}, p {r['p (Holm)']:.3f} (Holm), {r.pairs} seeds"
         said = f'{r.difference:+.2f}{points}' + (sure if r.pairs > 1 else '')
-        return f'{r.student}, {r.method} - {ref}: {said}: {r.verdict}.'
+        bad = f" {r.diverged} of its {r.n} runs diverged." if r.get('diverged', 0) else ''
+        return f'{r.student}, {r.method} - {ref}: {said}: {r.verdict}.{bad}'
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
 
 # %% ../nbs/27_comparison.ipynb #36c37c0e
