@@ -1,4 +1,4 @@
-"""One line distils: any teacher, on any classification Learner
+"""One line distils: any teacher, on any Learner
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/callback.html.md"""
 
@@ -29,11 +29,13 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 from .rng import same_rng
 from .files import write_whole
-from .taps import check_taps, tensors_of, unwrap
-from .distiller import Context, check_number
+from .taps import check_taps, named_tap, tensors_of, unwrap
+from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
+from .methods import METHODS, Method
 from .distillation import Distillation, as_method, declared
 from .outputs import check_kind, output_kind
+from .teacher_learner import compare_teacher
 
 # %% auto #0
 __all__ = ['first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback', 'distillation',
@@ -180,9 +182,10 @@ class DistillCallback(Callback):
         inputs=None, # A few inputs of the student, to plan before there is a batch; the first training batch by default
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
+        classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
         **options # Options of the method, where `distiller` is a name
     ):
-        self.teacher = _teacher_model(teacher)
+        self.teacher,self.teacher_learner = _teacher_model(teacher),teacher if isinstance(teacher, Learner) else None
         with same_rng(): self.method = as_method(distiller, options)
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
         taps = self.method.taps(taps)
@@ -191,7 +194,7 @@ class DistillCallback(Callback):
                              "Leave it out for the default, ['feature', 'logits'].")
         self.asked_taps,self.task_weight,self.seed,self.compile = taps,check_number('task_weight', task_weight),seed,compile
         self.verbose,self.teacher_transform,self.cache,self.inputs = verbose,teacher_transform,cache,inputs
-        self.output_key,self.output = output_key,None if output is None else check_kind(output)
+        self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
         self.kd = self.tail = self.before = self.trainer = self.waiting = self.index = self.lent_loss = None
         self.fitting = self.attached = self.in_batch = False
         self.memory_of = self.joined = None
@@ -244,16 +247,31 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.asked_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, output_key=self.output_key, output=self._meaning())
+                           self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(), self.classes)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
 
 @patch
 def _meaning(self:DistillCallback):
-    "What the logits mean: as said, or as the Learner's loss has it; class scores where it does not tell"
-    try: return output_kind(self.learn.loss_func, self.output)
+    "What the logits mean: as said, or as the Learner's loss has it; None where it does not tell and nothing asks"
+    if not self._reads_outputs(): return self.output or _or_none(self.learn.loss_func)
+    kind = output_kind(self.learn.loss_func, self.output)
+    names = self.method.name.split('+') if isinstance(self.method, Method) else []
+    for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(why)
+    return kind
+
+def _or_none(loss):
+    try: return output_kind(loss)
     except ValueError: return None
 
+@patch
+def _reads_outputs(self:DistillCallback):
+    "Whether the method compares outputs or asks what they mean, as far as that is known"
+    asked = ['feature', 'logits'] if self.asked_taps is None else self.asked_taps
+    kinds = [t if isinstance(t, str) else named_tap(t)[1] for t in asked] + [t.kind for t in self.plan or ()]
+    return 'output' in self.method.needs or bool({'logits', 'exits'} & set(kinds))
+
+# %% ../nbs/09_callback.ipynb #51cff3e1
 @patch
 def make_plan(self:DistillCallback,
     xb # Inputs of a batch
@@ -262,6 +280,7 @@ def make_plan(self:DistillCallback,
     kd = self._distillation()
     old = kd.distiller
     kd.prepare(first_samples(xb))
+    if kd.output is None and self._reads_outputs(): kd.forget_plan(); output_kind(self.learn.loss_func)
     if kd.distiller is old: return
     self.tail = OptimizerTail(kd.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(kd.distiller))
     if self.compile:
@@ -299,7 +318,11 @@ def before_fit(self:DistillCallback):
 @patch
 def _begin(self:DistillCallback):
     self.finish()
-    self._distillation()
+    kd = self._distillation()
+    if kd.output != self._meaning(): kd.read_outputs_as(self._meaning())
+    if self.teacher_learner is not None:
+        classes = self.classes is None and self._reads_outputs()
+        compare_teacher(self.teacher_learner, self.learn, classes, self.teacher_transform is not None)
     self._check_others()
     _check_loader(self.learn.dls.train)
     self.fitting = True
@@ -618,6 +641,7 @@ class DiffKDCallback(DistillCallback):
         inputs=None, # A few inputs of the student, to plan before there is a batch; the first training batch by default
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
+        classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
         **kwargs
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
@@ -625,7 +649,7 @@ class DiffKDCallback(DistillCallback):
                     reconstruction_weight=reconstruction_weight, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
-                         teacher_transform, cache, inputs, output_key, output)
+                         teacher_transform, cache, inputs, output_key, output, classes)
 
 def _check_diffkd(opts, kwargs):
     "Tell about wrong options when the callback is made, not at the first batch"

@@ -16,9 +16,10 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
 from .rng import Draws, same_rng, seeded
-from .taps import Capture, changes_inputs, check_pair, moved, plan_table, plan_taps, unwrap
+from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
 from .methods import METHODS, Method
+from .outputs import check_kind, check_values
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'Step', 'Distillation', 'transformed', 'own_dtype']
@@ -169,7 +170,8 @@ class Distillation:
         cache=None, # Answers for the teacher: `maps(xb, run)` gives the teacher's maps, see `TeacherCache`
         context=None, # What the method needs beside the plan: a `Context`, or a function from a tuple of names to one
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
-        output=None, # What logits mean, see `output_kind`: a kind, or a function without arguments that tells it
+        output=None, # What logits mean, see `output_kind`: class scores by default
+        classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
         **options # Options of a method that is named
     ):
         check_pair(student, teacher)
@@ -179,7 +181,8 @@ class Distillation:
         self.context,self.tally,self.observers = context,Tally(),[]
         self.plan = self.distiller = self.generator = None
         self.draws,self._lent,self._recording = Draws(),None,False
-        self.output_key,self.output,self.writes_inputs,self.made_of = output_key,output,False,None
+        self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
+        self.writes_inputs,self.made_of = False,None
         self.waiting = None         # a state that was loaded before there was a plan
         self.same_data = None       # tells whether the data are those of the memory
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
@@ -237,7 +240,7 @@ def prepare(self:Distillation,
             taps = self.method.taps(self.asked_taps)
             plan = self._find_taps(xb, taps)
             keep = self.distiller is not None and plan == self.plan and self.data_is_same()
-            if not keep: self.distiller = self.method.make(plan, self._context())
+            if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
     if self.plan is not None: self.detach()
     self.plan,self.made_of = plan,self.fingerprint()
@@ -247,16 +250,37 @@ def prepare(self:Distillation,
     return self
 
 @patch
+def _made(self:Distillation, plan):
+    "The distiller; `ValueError` for one that looks at the class of each sample where some classes are left out"
+    distiller = self.method.make(plan, self._context())
+    if distiller.hard_labels and any(t.student.outputs for t in plan):
+        raise ValueError(f"{type(unwrap(distiller)).__name__} uses the class of each sample, and classes= has None for some "
+                         "of the student's classes: use 'kd' or 'dist'.")
+    return distiller
+
+# %% ../nbs/08_distillation.ipynb #37307dda
+@patch
 def _find_taps(self:Distillation, xb, taps):
-    "The plan, after a look at whether a model writes into its inputs"
+    "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
     seen = self.teacher_input(xb)
-    plan = plan_taps(self.student, self.teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key, output=self.output)
-    if changes_inputs(self.student, *moved(list(xb), _device(self.student))):
+    plan = plan_taps(self.student, self.teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
+                     output=self.output, classes=self.classes)
+    if _tried(self.student, 'student', xb, plan):
         raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would see another "
                          "one: make that operation out of place, or let the student work on x.clone().")
-    self.writes_inputs = changes_inputs(self.teacher, *moved(list(seen), _device(self.teacher)))
+    self.writes_inputs = _tried(self.teacher, 'teacher', seen, plan)
     return plan
+
+def _tried(model, role, xb, plan):
+    "Whether a model writes into its inputs; `ValueError` where its outputs are not what they are said to be"
+    xb, model = moved(list(xb), _device(model)), unwrap(model)
+    copies, logits = tree_map(_copy, xb), [t for t in plan if t.kind == 'logits']
+    with eval_mode(model), torch.enable_grad(), Capture(model, {t.name: getattr(t, role) for t in logits}, role) as c:
+        c.note_output(model(*copies))
+        maps = c.maps()
+    for t in logits: check_values(t.output, maps[t.name], role)
+    return any(not torch.equal(a, b) for a,b in zip(tensors_of(copies), tensors_of(xb)))
 
 def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
 
@@ -280,7 +304,7 @@ def data_is_same(self:Distillation) -> bool:
 def _context(self:Distillation):
     "What the method may ask for, with the teacher filled in"
     given = self.context(self.method.needs) if callable(self.context) else self.context or Context()
-    return given._replace(teacher=self.teacher)
+    return given._replace(teacher=self.teacher, output=self.output)
 
 # %% ../nbs/08_distillation.ipynb #496bcfbe
 @patch
@@ -491,6 +515,15 @@ def _load_distiller(self:Distillation, weights):
     except RuntimeError as e:
         raise ValueError(f"the saved state is of another method, other taps or other models than {self.method} has here: "
                          f"{' '.join(str(e).split())[:200]}") from None
+
+# %% ../nbs/08_distillation.ipynb #0e056b7b
+@patch
+def read_outputs_as(self:Distillation,
+    output # A key of `OUTPUTS`, a function, or None
+):
+    "Another meaning of the outputs, for the next plan"
+    self.forget_plan()
+    self.output = output
 
 @patch
 def forget_plan(self:Distillation):

@@ -8,6 +8,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/outputs.html.md"""
 from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
+import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import unwrap
@@ -78,15 +79,22 @@ def output_kind(
                      f"one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher).")
 
 # %% ../nbs/07b_outputs.ipynb #b88aa434
+def _ends_in(x):
+    "Name of the function that gave a tensor, by its graph; '' where there is none"
+    f, passing = x.grad_fn, ('View', 'Reshape', 'Squeeze', 'Unsqueeze', 'UnsafeView', 'Clone', 'Alias', 'ToCopy')
+    while f is not None and type(f).__name__.startswith(passing): f = f.next_functions[0][0]
+    return '' if f is None else type(f).__name__.partition('Backward')[0].lower()
+
 def check_values(
     output:str|Callable|None, # What the outputs are said to be
     x:Tensor, # What a model gave: (B, K) or (B, K, H, W)
     role:str='teacher' # Word for the model in the error message
 ):
     "`ValueError` where a batch of outputs cannot be what they are said to be"
-    x = x.detach().float()
+    off = 2e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    end, x = _ends_in(x), x.detach().float()
     unit = bool(((x >= 0) & (x <= 1)).all())
-    whole = unit and x.shape[1] > 1 and bool(((x.sum(1) - 1).abs() < 1e-3).all())
+    whole = unit and x.shape[1] > 1 and bool(((x.sum(1) - 1).abs() < off).all())
     fix = "both models must end alike: put nn.LogSoftmax or nn.Softmax behind the other one, or pass output=..."
     if output == 'probabilities' and not whole:
         raise ValueError(f"output='probabilities' says that the {role} ends in a softmax, but its outputs "
@@ -98,6 +106,9 @@ def check_values(
         raise ValueError(f"the {role} seems to end in a softmax (its outputs add up to 1 over the classes), "
                          f"but class scores before the softmax are expected: take it off, or pass "
                          "output='probabilities' if both models end in one.")
+    if output == 'labels' and end == 'sigmoid':
+        raise ValueError(f"the {role} ends in a sigmoid, but scores before the sigmoid are expected: take it off, or pass "
+                         "output='label_probabilities' if both models end in one.")
 
 # %% ../nbs/07b_outputs.ipynb #11b617fe
 # Learners by what their model gives, each with number of outputs and meaning

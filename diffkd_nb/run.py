@@ -184,7 +184,7 @@ def _distilling(opened, job):
     options = {k: v for k,v in method.options.items() if k != 'taps'}
     try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
                                  cache=cache, teacher_transform=opened.transform,
-                                 inputs=opened.data.example(2), **options)]
+                                 inputs=opened.data.example(2), output=opened.task.output, **options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada

@@ -10,7 +10,6 @@ import difflib, math, re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
-from warnings import warn
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
            'find_layout', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run', 'last_feature', 'first_tensor',
            'stage_features', 'Place', 'Tap', 'check_pair', 'field_of', 'fields_of', 'find_key', 'in_training',
-           'changes_inputs', 'named_tap', 'check_taps', 'plan_taps', 'plan_table', 'Call', 'Capture']
+           'named_tap', 'check_taps', 'plan_taps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -234,15 +233,22 @@ def _extent(r):
     return (s[2] if channel_axis(r.module, r.output) == 1 else s[1]) if len(s) == 3 else min(s[1]*s[2], s[2]*s[3])
 
 def _class_maps(records):
-    "Indices of maps whose mean over the positions is the model's output: a classifier made of convolutions"
-    final, found = records[-1].output, set()
-    if not isinstance(final, Tensor) or final.dim() != 2: return found
+    "Indices of maps of scores: their mean over the positions is the model's output, or they are the output, perhaps resized"
+    final, found = next(iter(tensors_of([records[-1].output])), None), set()
+    if final is not None and final.dim() == 4: return _final_maps(records, final)
+    if final is None or final.dim() != 2: return found
     for i,r in enumerate(records):
         if not _is_map(r) or r.output.dim() != 4 or r.output.shape[:2] != final.shape: continue
         if torch.allclose(_plain(r.output).mean((2, 3)), _plain(final), rtol=1e-3, atol=1e-5):
             same = lambda k: isinstance(records[k].output, Tensor) and records[k].output.shape == r.output.shape
             while i >= 0 and same(i): found.add(i); i -= 1
     return found
+
+def _final_maps(records, final):
+    "Indices of the last maps, as long as they have the channels of the output; none where all have them"
+    maps = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 4]
+    n = next((k for k,i in enumerate(maps[::-1]) if records[i].output.shape[:2] != final.shape[:2]), 0)
+    return set(maps[len(maps)-n:])
 
 def _plain(x):
     "A float tensor without quantisation, outside of inference mode"
@@ -349,6 +355,7 @@ class Place(NamedTuple):
     calls:int=1 # How often the module runs in a forward pass
     key:object=None # Which field, where the module gives a tuple, dict or object
     copied:bool=False # Keep a copy: the model changes what the module gave in place
+    outputs:tuple|None=None # Which of the outputs, in this order, where classes are mapped
 
 class Tap(NamedTuple):
     "A pair of places to compare"
@@ -452,9 +459,11 @@ def _place(model, records, name, role, aspect, kind, layout=None, key=None):
     key = find_key(r.output, key if r.name == '' else None, where=f'the output of {name!r} of the {role}')
     out = _plain(field_of(r.output, key))
     try: layout = _asked_layout(layout, out, aspect) or _layout_in(unwrap(model), [*records[:i], r._replace(output=out)], i, aspect)
-    except ValueError as e: raise ValueError(f"tap {name!r} of the {role}: {e}") from None
+    except ValueError as e:
+        if kind != 'logits' or out.dim() != 4: raise ValueError(f"tap {name!r} of the {role}: {e}") from None
+        layout = Layout('map')      # as PyTorch's losses read scores of positions
     place = Place(r.name, layout, tuple(to_map(out, layout).shape[1:]), _call(name)[1], calls, key, r.changed)
-    _check_place(place, out, records, role, kind)
+    _check_place(place, out, records, role)
     return place
 
 def _asked_layout(layout, x, aspect):
@@ -466,25 +475,15 @@ def _asked_layout(layout, x, aspect):
     raise ValueError(f"an output of shape {tuple(x.shape)} is no grid of tokens: use layout='sequence'.")
 
 # %% ../nbs/00_taps.ipynb #8f0bc3de
-def _check_place(place, out, records, role, kind):
-    "Refuse what has the batch elsewhere, logits that are a map, and a teacher whose numbers are not finite"
+def _check_place(place, out, records, role):
+    "Refuse what has the batch elsewhere, and a teacher whose numbers are not finite"
     final, where = next(iter(_tensors_in(records[-1].output)), None), place.name or 'its last layer'
     if final is not None and final.dim() and len(out) != len(final):
         raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {len(final)} has to stand on "
                          "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers).")
-    if kind == 'logits' and place.shape[1:] != (1, 1):
-        raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, but logits must be (batch, classes). "
-                         "Use kind 'feature'.")
     if role == 'teacher' and not torch.isfinite(out).all():
         raise ValueError(f"the teacher's output at {where!r} is not finite (NaN or infinity) "
                          "on the first batch: check its weights and the normalisation of the input.")
-
-def _warn_of_probabilities(role, out):
-    "Logits are compared through a softmax; told where a model seems to have made one already"
-    p = out.float()
-    if p.shape[1] > 1 and (p >= 0).all() and torch.allclose(p.sum(1), torch.ones(len(p), device=p.device), atol=1e-4):
-        warn(f"the {role}'s output looks like probabilities (not negative, each row sums to 1), and logits are expected: take the "
-             "softmax off the model's end, or its answers are softened twice.")
 
 def _tensors_in(output): return tensors_of([output]) or list(fields_of(output).values())
 
@@ -525,14 +524,6 @@ def _run_training(model, xb):
     try: return dry_run(model, *tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, moved(list(xb), dev)), train=True)
     except Exception: return None
 
-def changes_inputs(
-    model:nn.Module, # Any model, in the mode it is in
-    *xb # Its inputs
-) -> bool:
-    "Whether a forward pass writes into its inputs"
-    copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, list(xb))
-    with eval_mode(model), torch.no_grad(): model(*copies)
-    return any(not torch.equal(a, b) for a,b in zip(tensors_of(copies), tensors_of(list(xb))))
 
 # %% ../nbs/00_taps.ipynb #4a1cf595
 def _as_list(taps):
@@ -597,7 +588,8 @@ def plan_taps(
     taps:Sequence|None=None, # See the table; `['feature', 'logits']` by default
     teacher_xb:Sequence|None=None, # Inputs of the teacher where they differ from the student's
     output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
-    output=None # What logits mean, see `output_kind`
+    output=None, # What logits mean, see `output_kind`
+    classes:Sequence|None=None # For each output of the student the number of the teacher's, or None; the same by default
 ) -> list[Tap]: # The pairs, checked
     "Find and check the places to compare; raises `ValueError` or `TypeError` with what would have been right"
     check_taps(student, teacher, taps)
@@ -610,20 +602,36 @@ def plan_taps(
         place = _place(student, s_rec, s, 'student', s_asp, kind, layouts[0], output_key)
         if train is not None: place = in_training(place, student, train, output_key)
         other = _place(teacher, t_rec, t, 'teacher', t_asp, kind, layouts[1], output_key)
+        if kind == 'logits' and classes is not None: place, other = _matched(place, other, list(classes))
         tap = Tap(name, kind, place, other, output if kind == 'logits' else None)
         _check_tap(tap, plan)
-        if kind == 'logits' and t == '' and output in (None, 'classes'):
-            _warn_of_probabilities('teacher', _plain(field_of(t_rec[-1].output, other.key)))
         plan.append(tap)
     return plan
+
+# %% ../nbs/00_taps.ipynb #fe2c0473
+def _matched(place, other, classes):
+    "Two places with the outputs that a mapping of classes names"
+    n, m = place.shape[0], other.shape[0]
+    pairs = [(s, t) for s,t in enumerate(classes) if t is not None]
+    mine, theirs = [[p[i] for p in pairs] for i in (0, 1)]
+    good = len(classes) == n and all(isinstance(t, int) and 0 <= t < m for t in theirs)
+    if not good or not pairs or len(set(theirs)) < len(theirs):
+        raise ValueError(f"classes must have an entry for each of the student's {n} outputs: the number of another one of the "
+                         f"teacher's {m} outputs, 0 to {m-1}, or None, got {classes}.")
+    pick = lambda p, which: p._replace(shape=(len(which), *p.shape[1:]), outputs=tuple(which))
+    return (place if len(mine) == n else pick(place, mine)), pick(other, theirs)
 
 # %% ../nbs/00_taps.ipynb #ebff537b
 def _check_tap(tap, plan):
     "Refuse scores over other classes, and a pair that is in the plan"
-    if tap.kind == 'logits' and tap.student.shape != tap.teacher.shape:
-        raise ValueError(f"the student has {tap.student.shape[0]} classes and the teacher {tap.teacher.shape[0]}: "
-                         "logits can only be compared over the same classes. Give the teacher a head for these "
-                         "classes, or distil features alone with taps=['feature'].")
+    (s, *grid), (t, *other) = tap.student.shape, tap.teacher.shape
+    if tap.kind == 'logits' and s != t:
+        raise ValueError(f"the student has {s} classes and the teacher {t}: logits can only be compared over the same "
+                         "classes. Say with classes=[...] which of the teacher's outputs each of the student's is, give the "
+                         "teacher a head for these classes, or distil features alone with taps=['feature'].")
+    if tap.kind == 'logits' and grid != other:
+        raise ValueError(f"the student gives maps of scores of {grid[0]} x {grid[1]} and the teacher of {other[0]} x "
+                         f"{other[1]}: resize one of them inside its model, or use taps=['feature'].")
     if tap.name in [p.name for p in plan]: raise ValueError(f"tap {tap.name!r} is listed twice.")
 
 def _is_output(records, name):
@@ -751,7 +759,7 @@ def _own(self:Capture, tap):
         raise RuntimeError(f"module {p.name!r} of the {self.role} ran {len(calls)} times in this forward pass and {p.calls} "
                            "times when the taps were planned: tap a module that always runs as often.")
     c = calls[(p.call or 1) - 1]
-    if self.began and self.began[0][1] and not c.grad:
+    if self.role != 'teacher' and self.began and self.began[0][1] and not c.grad:
         raise RuntimeError(f"tap {tap!r} of the {self.role} lies in a part that runs without gradient (torch.no_grad, or a "
                            "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it.")
     if isinstance(c.output, Tensor) and c.version is not None and _version(c.output) != c.version:
@@ -786,6 +794,7 @@ def _map(self:Capture, tap):
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
     m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None)
+    if p.outputs is not None and m.shape[1] > max(p.outputs): m = m[:, list(p.outputs)]
     if m.shape[1] != p.shape[0]: raise wrong
     return m
 

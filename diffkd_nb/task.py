@@ -32,6 +32,7 @@ class Task:
     larger_is_better = True # Whether more of it is better
     scale = 1. # Factor on the metric in tables
     unit = '' # What that gives: 'percent', or '' for a plain number
+    output = None # What outputs of its models mean, see `output_kind`; read from the loss where it is None
     also = {} # Further figures of the last epoch: name in the result to column of the log
 
 # %% ../nbs/14_task.ipynb #d9c28802

@@ -157,7 +157,7 @@ def _store(self:TeacherCache, name, device, like=None):
     "The store of one tap; None before the first record, whose shape and type `like` tells"
     place = self.places[name]
     half = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ''
-    text = json.dumps([self.key, place.name, place.layout, half], sort_keys=True)
+    text = json.dumps([self.key, place, half], sort_keys=True)
     folder = self.folder/f"{place.name or 'output'}-{sha256(text.encode()).hexdigest()[:24]}"
     if folder in self.stores: return self.stores[folder]
     meta = folder/'record.json'

@@ -6,10 +6,12 @@ from copy import deepcopy
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import SkipItemException
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.utils.checkpoint import checkpoint
 from diffkd_nb.callback import DiffKDCallback, DistillCallback, TeacherlessCallback
 from diffkd_nb.distillation import Distillation
-from diffkd_nb.methods import METHODS
+from diffkd_nb.methods import KD, METHODS
+from diffkd_nb.outputs import LEARNERS, method_table
 from diffkd_nb.taps import Capture, plan_taps
 
 X = torch.zeros(2, 3, 32, 32)
@@ -81,8 +83,11 @@ def test_training_mode_gives_more(how):
     assert all(torch.equal(a, b) for a,b in zip(before.values(), m.state_dict().values()))      # statistics are put back
 
 
-def test_a_softmax_at_the_end_is_noticed():
-    with pytest.warns(UserWarning, match="teacher's output looks like probabilities"): plan_taps(sequential(6), nn.Sequential(sequential(8), nn.Softmax(1)), X, taps=['logits'])
+@pytest.mark.parametrize('end,loss,says', [(nn.Softmax(1), CrossEntropyLossFlat(), 'seems to end in a softmax'), (nn.Sigmoid(), BCEWithLogitsLossFlat(), 'ends in a sigmoid')], ids=['softmax', 'sigmoid'])
+@pytest.mark.parametrize('role', ['student', 'teacher'])
+def test_a_softmax_or_sigmoid_at_the_end_is_noticed(role, end, loss, says):
+    ends = lambda m, r: nn.Sequential(m, end) if r == role else m
+    with pytest.raises(ValueError, match=f'the {role} {says}.*before the.*expected: take it off'): Learner(tensor_dls(), ends(sequential(6), 'student'), loss_func=loss, cbs=kd(ends(sequential(8), 'teacher'), inputs=X))
 
 
 def test_nothing_is_loaded_ahead():
@@ -129,11 +134,12 @@ def test_inputs_are_handed_over_right():
     fit(learn, 1, cbs=Look()); assert min(seen) > 0
 
 
-def test_a_half_precision_teacher():
-    t = sequential(20).eval(); half = deepcopy(t).bfloat16()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_half_precision_teacher(dtype):
+    t = sequential(20).eval(); half = deepcopy(t).to(dtype)
     with Distillation(sequential(6), half, 'kd', xb=X) as d:
         x = torch.randn(4, 3, 32, 32); d.student(x); got = d(x).teacher['logits'].flatten(1)
-    assert torch.allclose(got.float(), half(x.bfloat16()).float()) and torch.allclose(got.float(), t(x), atol=.05)
+    assert torch.allclose(got.float(), half(x.to(dtype)).float()) and torch.allclose(got.float(), t(x), atol=.05)
 
 
 def test_a_script_teacher_gives_its_logits():
@@ -227,3 +233,272 @@ def test_skipped_items_and_mixed_ones():
     learn = Learner(DataLoaders(dl, dl), sequential(6), loss_func=CrossEntropyLossFlat(), cbs=kd(method='crd', k=8)); fit(learn, 1, cbs=Check())
     assert told == [True]*3
     with pytest.raises(ValueError, match='MixUp mixes two'): fit(learner_of(sequential(6), kd(method='crd', k=8)), 1, cbs=MixUp())
+
+
+# ---- what outputs mean, on Learners of every kind
+
+def fields_net(k):
+    "A network whose output is a dict"
+    class Fields(nn.Module):
+        def __init__(self): super().__init__(); self.body = sequential(6)
+        def forward(self, x): z = self.body(x)[:, :k]; return dict(scores=z, length=z.norm(dim=1))
+    return Fields()
+
+
+class Wide(nn.Module):
+    "A small network of `k` outputs behind an end of its own"
+    def __init__(self, w, k, end=None): super().__init__(); self.body,self.fc,self.end = sequential(w)[:-1],nn.Linear(2*w, k),end or nn.Identity()
+    def forward(self, x): return self.end(self.fc(self.body(x)))
+
+
+def own_loss(pred, y): return ((pred - y)**2).mean()
+def log_loss(pred, y): return F.nll_loss(pred.log(), y)
+
+# kind as in `LEARNERS`: loss, what the models end in, targets
+KINDS = {'one class': (CrossEntropyLossFlat(), None, lambda n, k: torch.arange(n) % k), 'several labels': (BCEWithLogitsLossFlat(), None, lambda n, k: (torch.rand(n, k) > .5).float()),
+         'one label': (BCEWithLogitsLossFlat(), None, lambda n, k: (torch.rand(n, k) > .5).float()), 'values': (MSELossFlat(), None, torch.randn), 'one value': (L1LossFlat(), None, torch.randn),
+         'ends in a softmax': (log_loss, nn.Softmax(1), lambda n, k: torch.arange(n) % k), 'ends in a sigmoid': (BCELossFlat(), nn.Sigmoid(), lambda n, k: (torch.rand(n, k) > .5).float()),
+         'a distance of your own': (own_loss, None, torch.randn)}
+TOLD = ('ends in a softmax', 'a distance of your own')      # whose loss is known to nobody
+
+
+def pair_dls(x, y, bs=8): return DataLoaders.from_dsets(Pairs(zip(x, y)), Pairs(zip(x[:8], y[:8])), bs=bs, device='cpu', num_workers=0)
+
+
+def of_kind(kind, method, **kw):
+    set_seed(0); k, output = LEARNERS[kind]; loss, end, targets = KINDS[kind]
+    cb = DistillCallback(Wide(20, k, end), method, verbose=False, output=output if kind in TOLD else None, **{**dict(crd=dict(k=8)).get(method, {}), **kw})
+    return Learner(pair_dls(torch.randn(24, 3, 32, 32), targets(24, k)), Wide(6, k, end), loss_func=loss, cbs=cb)
+
+
+def check_kind(kind, method):
+    said = method_table().loc[method, kind]
+    if said == 'works':
+        learn = of_kind(kind, method); fit(learn, 1, 1e-3)
+        values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+        assert all(np.isfinite(v) for v in values.values()) and any(values[n] > 0 for n in learn.distill.distiller.loss_names)
+        return
+    with pytest.raises(ValueError) as e: fit(of_kind(kind, method), 1, 1e-3)
+    assert str(e.value).endswith(said.removeprefix('refused: ')) and METHODS[method].__name__ in said       # fastai says where
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('method', ['kd', 'diffkd', 'crd'])
+def test_learners_of_every_kind(kind, method): check_kind(kind, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('method', [m for m in METHODS if m not in ('kd', 'diffkd', 'crd')])
+def test_every_method_on_learners_of_every_kind(kind, method): check_kind(kind, method)
+
+
+class Expect(Callback):
+    "What the distance must be, batch by batch, from torch.distributions"
+    order = 7
+    def __init__(self, teacher, f): self.teacher,self.f,self.got = teacher,f,[]
+    def after_loss(self):
+        if not self.training: return
+        with torch.no_grad(): self.got += [self.f(self.teacher.eval()(*self.xb), self.pred.detach()).item()]*len(self.yb[0])
+    def value(self): return sum(self.got)/len(self.got)
+
+
+def kl_of(make): return lambda t, s: kl_divergence(make(t), make(s)).reshape(len(t), -1).sum(1).mean()
+
+
+@pytest.mark.parametrize('kind,distance', [('one class', kl_of(lambda z: Categorical(logits=z/2))), ('several labels', kl_of(lambda z: Bernoulli(logits=z/2))), ('one label', kl_of(lambda z: Bernoulli(logits=z/2))),
+                                           ('ends in a softmax', kl_of(lambda p: Categorical(logits=p.log()/2))), ('ends in a sigmoid', kl_of(lambda p: Bernoulli(logits=p.logit()/2)))])
+def test_kd_on_a_learner_is_the_divergence_of_torchs_distributions(kind, distance):
+    learn = of_kind(kind, 'kd', temperature=2.); look = Expect(learn.distill.teacher, distance); fit(learn, 1, 1e-3, cbs=look)
+    assert learn.distill.means['kd'] == pytest.approx(4*look.value(), rel=1e-3)
+
+
+def test_a_loss_that_tells_nothing_is_named():
+    with pytest.raises(ValueError, match="cannot tell from the loss own_loss.*output=.*'classes', 'labels', 'values'"): Learner(tensor_dls(), sequential(6), loss_func=own_loss, cbs=DiffKDCallback(sequential(8)))
+    with pytest.raises(ValueError, match='loss own_loss'): Learner(tensor_dls(), sequential(6), loss_func=own_loss, cbs=kd(method='crd'))      # its negatives are of other classes
+    named = kd(method=lambda plan: KD(plan), taps=[('8', '8')]); learn = Learner(tensor_dls(), sequential(6), loss_func=F.cross_entropy, cbs=named); fit(learn, 1)
+    learn.loss_func = lambda z, y: F.cross_entropy(z, y)
+    with pytest.raises(ValueError, match='loss .*lambda'): fit(learn, 1)
+    fit(Learner(tensor_dls(), sequential(6), loss_func=lambda z, y: F.cross_entropy(z, y), cbs=kd(method='fitnet')), 1)      # looks at features alone
+
+
+def test_another_loss_is_another_plan():
+    learn = learner_of(sequential(6), kd()); fit(learn, 1); assert learn.distill.plan[0].output == 'classes'
+    x, y = torch.randn(24, 3, 32, 32), (torch.rand(24, K) > .5).float()
+    learn.dls, learn.loss_func, learn.metrics = pair_dls(x, y), BCEWithLogitsLossFlat(), []; fit(learn, 1)
+    assert learn.distill.plan[0].output == 'labels'
+
+
+def test_an_output_with_fields():
+    def make(cb, key='scores'): return Learner(tensor_dls(), fields_net(K), loss_func=lambda o, y: F.cross_entropy(o[key], y), cbs=cb)
+    cb = kd(fields_net(K), output='classes'); fit(make(cb), 1); assert cb.plan[0].student.key == 'scores'
+    cb = DiffKDCallback(fields_net(K), output='classes', output_key='scores', verbose=False); fit(make(cb), 1); assert cb.means['kd'] > 0
+    with pytest.raises(ValueError, match="no tensor called 'logits', but 'scores'"): fit(make(kd(fields_net(K), output='classes', output_key='logits')), 1)
+
+
+# ---- other classes, other Learners
+
+@pytest.mark.parametrize('classes', [[4, 0, 3], [4, None, 3]])
+def test_classes_of_the_student_among_those_of_the_teacher(classes):
+    set_seed(0); teacher, mine = Wide(20, 5), [i for i,c in enumerate(classes) if c is not None]
+    theirs = [classes[i] for i in mine]
+    learn = Learner(pair_dls(torch.randn(24, 3, 32, 32), torch.arange(24) % 3), Wide(6, 3), loss_func=CrossEntropyLossFlat(), cbs=kd(teacher, classes=classes, temperature=1.))
+    look = Expect(teacher, lambda t, s: kl_of(lambda z: Categorical(logits=z))(t[:, theirs], s[:, mine])); fit(learn, 1, cbs=look)
+    assert learn.distill.means['kd'] == pytest.approx(look.value(), rel=1e-3)
+
+
+def test_classes_that_cannot_be():
+    def make(cb): return Learner(pair_dls(torch.randn(24, 3, 32, 32), torch.arange(24) % 3), Wide(6, 3), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    for bad in ([0, 1], [0, 1, 5], [0, 0, 1], [None]*3, ['a', 'b', 'c']):
+        with pytest.raises(ValueError, match="classes must have an entry for each of the student's 3 outputs"): make(kd(Wide(20, 5), classes=bad, inputs=X))
+    with pytest.raises(ValueError, match='the student has 3 classes and the teacher 5.*classes='): make(kd(Wide(20, 5), inputs=X))
+    with pytest.raises(ValueError, match="DKD uses the class of each sample.*use 'kd' or 'dist'"): make(kd(Wide(20, 5), method='dkd', classes=[0, None, 1], inputs=X))
+    fit(make(kd(Wide(20, 5), method='dkd', classes=[4, 0, 1])), 1)
+
+
+def named_dls(names, vocab=None, stats=None):
+    x, y = torch.rand(24, 3, 16, 16), [names[i % len(names)] for i in range(24)]
+    ds = Datasets(list(zip(x, y)), [[ItemGetter(0), lambda o: TensorImage(o)], [ItemGetter(1), Categorize(vocab=vocab, sort=vocab is None)]], splits=(range(16), range(16, 24)))
+    return ds.dataloaders(bs=8, device='cpu', after_batch=[] if stats is None else [Normalize.from_stats(*stats)], num_workers=0)
+
+
+def test_a_teachers_learner_is_asked_what_its_numbers_mean():
+    names, half = ['cat', 'dog', 'fox'], ([.5]*3, [.25]*3)
+    def make(dls, w=20, **kw): return Learner(dls, Wide(w, 3), loss_func=CrossEntropyLossFlat(), **kw)
+    def go(teacher, dls, method='kd', **kw): fit(make(dls, 6, cbs=kd(teacher, method=method, **kw)), 1)
+    other = make(named_dls(names, ['fox', 'cat', 'dog']))
+    with pytest.raises(ValueError, match='the same in another order'): go(other, named_dls(names))
+    go(other, named_dls(names), 'fitnet'); go(other.model, named_dls(names)); go(other, named_dls(names), classes=[1, 2, 0]); go(other, named_dls(names, ['fox', 'cat', 'dog']))
+    with pytest.raises(ValueError, match="the teacher's input is normalised by .* and the student's not normalised"): go(make(named_dls(names, stats=half)), named_dls(names))
+    go(make(named_dls(names, stats=half)), named_dls(names, stats=half)); go(make(named_dls(names, stats=half)), named_dls(names), teacher_transform=lambda x: (x - .5)/.25)
+
+
+# ---- maps of scores, tables, text
+
+def test_scores_of_positions():
+    maps = lambda w, k=5: nn.Sequential(nn.Conv2d(3, w, 3, padding=1), nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, k, 1))
+    set_seed(0); x, y = torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24, 8, 8))
+    def make(student, cb, axis=1): return Learner(pair_dls(x, y), student, loss_func=CrossEntropyLossFlat(axis=axis), cbs=cb)
+    learn = make(maps(4), kd(maps(16), temperature=1.)); rows = lambda z: z.permute(0, 2, 3, 1).flatten(0, 2)
+    look = Expect(learn.distill.teacher, lambda t, s: kl_of(lambda z: Categorical(logits=z))(rows(t), rows(s))); fit(learn, 1, cbs=look)
+    assert learn.distill.means['kd'] == pytest.approx(look.value(), rel=1e-3)
+    cb = DiffKDCallback(maps(16), taps=['feature'], verbose=False); fit(make(maps(4), cb), 1)
+    assert (cb.plan[0].student.shape, cb.plan[0].teacher.shape) == ((4, 8, 8), (16, 8, 8))      # the map before the scores
+    for method,says in (('dkd', 'DKD compares one set of scores'), ('diffkd', 'DiffKDDistiller compares one set of scores')):
+        with pytest.raises(ValueError, match=says): fit(make(maps(4), kd(maps(16), method=method, taps=['logits'])), 1)
+    with pytest.raises(ValueError, match='maps of scores of 8 x 8 and the teacher of 4 x 4'): fit(make(maps(4), kd(nn.Sequential(maps(16), nn.AvgPool2d(2)))), 1)
+
+
+@pytest.mark.slow
+def test_a_unet():
+    set_seed(0); x, y = torch.randn(8, 3, 32, 32), torch.randint(0, 3, (8, 32, 32))
+    net = lambda arch: create_unet_model(arch, 3, (32, 32), pretrained=False)
+    learn = Learner(pair_dls(x, y, 4), net(resnet18), loss_func=CrossEntropyLossFlat(axis=1), cbs=kd(net(resnet34))); fit(learn, 1)
+    assert learn.distill.plan[0].student.shape == (3, 32, 32) and learn.distill.means['kd'] > 0
+    learn = Learner(pair_dls(x, y, 4), net(resnet18), loss_func=CrossEntropyLossFlat(axis=1), cbs=DiffKDCallback(net(resnet34), taps=['feature'], latent=16, verbose=False)); fit(learn, 1)
+    assert learn.diff_kd.plan[0].student.shape[1:] == (32, 32)
+
+
+def table_learner(bunch, width, cb=None, columns=None, values=False):
+    "A Learner of one of scikit-learn's tables, of the first columns alone where a number is given"
+    from fastai.tabular.all import RegressionBlock, TabularDataLoaders, TabularModel, tabular_config
+    class Narrow(nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, cat, cont): return self.model(cat, cont[:, :columns])
+    df = bunch.frame.sample(96, random_state=0); names = [c for c in df if c != 'target']
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=names, y_names='target', y_block=RegressionBlock() if values else CategoryBlock(), valid_idx=range(64, 96), bs=32, device='cpu', num_workers=0)
+    set_seed(0); model = TabularModel([], columns or len(names), 1 if values else dls.c, [width, width])
+    return Learner(dls, Narrow(model) if columns else model, loss_func=MSELossFlat() if values else CrossEntropyLossFlat(), cbs=cb)
+
+
+@pytest.mark.parametrize('values', [False, True], ids=['wine', 'diabetes'])
+@pytest.mark.parametrize('columns', [None, 4])
+def test_tables(values, columns):
+    from sklearn.datasets import load_diabetes, load_wine
+    bunch = (load_diabetes if values else load_wine)(as_frame=True); hidden = 'model.layers.1' if columns else 'layers.1'
+    teacher = table_learner(bunch, 64, values=values); fit(teacher, 2, 1e-2)
+    for cb in (kd(teacher), kd(teacher, method='fitnet', taps=[(hidden, 'layers.1')]), DiffKDCallback(teacher, taps=[(hidden, 'layers.1'), 'logits'], verbose=False)):
+        learn = table_learner(bunch, 8, cb, columns, values); fit(learn, 2, 1e-3)
+        assert all(np.isfinite(v) for v in cb.means.values()) and [t.student.shape[0] for t in cb.plan if t.kind == 'feature'] in ([], [8])
+        assert {t.output for t in cb.plan if t.kind == 'logits'} <= {'values' if values else 'classes'}
+
+
+def test_a_teacher_that_sees_fewer_columns():
+    from sklearn.datasets import load_wine
+    from fastai.tabular.all import TabularModel
+    seen = []
+    teacher = TabularModel([], 4, 3, [16]); teacher.register_forward_pre_hook(lambda m, xb: seen.append(xb[1]))
+    learn = table_learner(load_wine(as_frame=True), 8, kd(teacher, teacher_transform=lambda cat, cont: (cat, cont[:, :4]))); fit(learn, 1)
+    assert {x.shape[1] for x in seen} == {4}
+
+
+@pytest.mark.parametrize('cb', [kd, lambda t: DiffKDCallback(t, taps=['logits'], verbose=False)], ids=['kd', 'diffkd'])
+def test_text(cb):
+    from fastai.text.all import AWD_LSTM, ModelResetter, RNNCallback, get_text_classifier
+    config = lambda w: dict(emb_sz=w, n_hid=2*w, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1, input_p=.1, embed_p=.02, weight_p=.1)
+    set_seed(0); net = lambda w: get_text_classifier(AWD_LSTM, 50, 3, seq_len=8, config=config(w), lin_ftrs=[10])
+    x, cb = torch.randint(2, 50, (24, 12)), cb(net(16))
+    learn = Learner(pair_dls(x, torch.arange(24) % 3), net(8), loss_func=CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback(), cb]); fit(learn, 1, 1e-3)
+    assert (cb.plan[0].student.key, cb.plan[0].teacher.key, cb.plan[0].student.shape[0]) == (0, 0, 3) and cb.means['kd'] > 0
+
+
+# ---- reports
+
+def test_a_loader_with_its_own_generator_keeps_its_order():
+    def order(cb):
+        seen, g = [], torch.Generator().manual_seed(3); x = torch.randn(24, 3, 16, 16); x[:, 0, 0, 0] = torch.arange(24.)
+        class Keep(Callback):
+            def before_batch(self): seen.extend(self.xb[0][:, 0, 0, 0].tolist()) if self.training else None
+        data = torch.utils.data.TensorDataset(x, torch.arange(24) % K)
+        train, valid = torch.utils.data.DataLoader(data, 8, shuffle=True, generator=g), torch.utils.data.DataLoader(data, 8)
+        fit(Learner(DataLoaders(train, valid), sequential(6), loss_func=CrossEntropyLossFlat(), cbs=[Keep(), *cb]), 2); return seen
+    assert order([]) == order([kd()])
+
+
+def test_a_callback_that_swaps_the_model():
+    class Swap(Callback):
+        order = -10
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.model = sequential(7); self.learn.create_opt()
+    cb = DiffKDCallback(sequential(20), verbose=False); learn = learner_of(sequential(6), cb); fit(learn, 2, cbs=Swap())
+    assert cb.plan[0].student.shape[0] == 14 and n_hooks(learn.model) == 0 and '_do_epoch' not in vars(learn)
+
+
+def test_images_of_another_size():
+    cb = DiffKDCallback(sequential(20), verbose=False); learn = learner_of(sequential(6), cb, size=32); fit(learn, 1)
+    d = cb.distiller; learn.dls = tensor_dls(48); fit(learn, 1); assert cb.distiller is d
+
+
+@pytest.mark.parametrize('method', ['kd', 'fitnet', 'diffkd', 'rkd', 'srrl'])
+def test_a_teacher_in_inference_mode(method):
+    class Serving(nn.Module):
+        def __init__(self): super().__init__(); self.net = sequential(20)
+        @torch.inference_mode()
+        def forward(self, x): return self.net(x)
+    fit(learner_of(sequential(6), cb := kd(Serving(), method=method)), 1); assert all(np.isfinite(v) for v in cb.means.values())
+
+
+@pytest.mark.parametrize('method', ['kd', 'fitnet'])
+def test_an_int8_teacher(method):
+    import torch.ao.quantization as q
+    class Int8(nn.Module):
+        def __init__(self): super().__init__(); self.net,self.quant,self.dequant = sequential(20),q.QuantStub(),q.DeQuantStub()
+        def forward(self, x): return self.dequant(self.net(self.quant(x)))
+    t = Int8().eval(); t.qconfig = q.get_default_qconfig('x86' if 'x86' in torch.backends.quantized.supported_engines else 'fbgemm')
+    q.fuse_modules(t.net, [['0', '1', '2'], ['3', '4', '5']], inplace=True); p = q.prepare(t); p(torch.randn(4, 3, 32, 32)); t = q.convert(p)
+    fit(learner_of(sequential(6), cb := kd(t, method=method)), 1); assert cb.means[method] > 0
+
+
+def test_data_parallel_is_named():
+    class Two(nn.DataParallel):
+        def __init__(self, m): super().__init__(m); self.device_ids = [0, 1]
+    with pytest.raises(ValueError, match='nn.DataParallel.*DistributedDataParallel'): fit(learner_of(Two(sequential(6)), kd()), 1)
+
+
+@pytest.mark.slow
+def test_googlenet_with_auxiliary_outputs():
+    class Main(nn.Module):
+        def forward(self, out, y): return F.cross_entropy(out, y) if torch.is_tensor(out) else F.cross_entropy(out.logits, y) + .3*sum(F.cross_entropy(o, y) for o in out[1:])
+    student = torchvision.models.googlenet(num_classes=K, aux_logits=True, init_weights=False)
+    cb = kd(output='classes'); fit(Learner(tensor_dls(64, 16), student, loss_func=Main(), cbs=cb), 1, 1e-4)
+    assert cb.plan[0].student.key == 'logits' and cb.means['kd'] > 0

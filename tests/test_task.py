@@ -75,7 +75,7 @@ class Missed(Metric):
 
 class BagTask(Task):
     "The whole task"
-    name,kinds,metric,larger_is_better = 'bags',('bags',),'missed',False
+    name,kinds,metric,larger_is_better,output = 'bags',('bags',),'missed',False,'classes'
     def open(self, spec, download=False): return Bags()
     def model(self, name, data, drop_path=0.): return Net(int(name.partition(':')[2]))
     def teacher(self, spec, data, weights=None): name, _, f = spec.partition('@'); return load_weights(self.model(name, data), f)
