@@ -56,7 +56,7 @@ def learner(out, kind, steps):
     b = 16//world
     data = list(zip(x, y))
     dls = DataLoaders.from_dsets(data, data[:16], bs=b, shuffle=False, drop_last=True, device='cpu', num_workers=0)
-    cb = DiffKDCallback(teacher, seed=3 + (rank if kind == 'seeds' else 0), verbose=False, latent=8)
+    cb = DiffKDCallback(teacher, seed=3 + (rank if kind == 'seeds' else 0), verbose=False, latent=8, inputs=x[:2] if kind == 'seeds' else None)
     learn = Learner(dls, student, lr=.05, loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=[cb, Keep()])
     learn.distill = cb
     if kind == 'seeds':                     # the processes begin with different distillers and different noise
