@@ -18,6 +18,7 @@ from .head import *
 from .methods import *
 from .outputs import *
 from .distillation import *
+from .precision import *
 from .teacher_learner import *
 from .callback import *
 from .data import *

@@ -34,6 +34,7 @@ from .distiller import Context, check_number
 from .diffkd import DiffKD, DiffKDDistiller
 from .distillation import Distillation, as_method, declared
 from .outputs import check_kind, output_kind
+from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
 __all__ = ['first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback', 'distillation',
@@ -400,6 +401,7 @@ def before_train(self:DistillCallback):
     "Start the distillation and join the optimiser where there is a plan; a callback that came late begins here"
     if not self.fitting: self._begin()
     self.detach()
+    open_on_cpu(self.learn)
     if 'index' in self.method.needs: self.index = self.numbers.enter_context(numbered(self.learn.dls.train))
     if self.inputs is not None and not self._distillation().is_current(): self.make_plan(self.inputs)
     if self._distillation().is_current(): self._join()
@@ -414,6 +416,9 @@ def _join(self:DistillCallback):
     self.joined,self.attached = self.learn.opt,True
 
 # %% ../nbs/09_callback.ipynb #dc85a9b1
+@patch
+def before_validate(self:DistillCallback): open_on_cpu(self.learn)
+
 @patch
 def before_batch(self:DistillCallback):
     "Hang the student's hooks for this batch; the first batch makes the plan"
@@ -440,6 +445,7 @@ def after_batch(self:DistillCallback):
     "Take the hooks away (also after a cancelled batch)"
     if self.attached: self.kd.detach()
     self._give_back_loss()
+    close_on_cpu(self.learn)
 
 # %% ../nbs/09_callback.ipynb #a2dda1bb
 @patch
@@ -509,6 +515,7 @@ def detach(self:DistillCallback):
 def finish(self:DistillCallback):
     "Detach, and put back the teacher, the metrics and the Learner's own epoch"
     self.detach()
+    close_on_cpu(self.learn)
     if self.kd is not None: self.kd.finish()
     if not self.fitting: return
     self.fitting = False
