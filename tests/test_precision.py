@@ -1,4 +1,5 @@
 "bfloat16 on the CPU: what is computed in it, what is not, and that it ends with the batch"
+import json
 import pytest, torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException
 from diffkd_nb.callback import DiffKDCallback, DistillCallback
@@ -86,3 +87,53 @@ def test_an_export_needs_nothing_of_ours(tmp_path):
     learn = train('diffkd', True)
     learn.export(tmp_path/'x.pkl')
     assert b'diffkd_nb' not in (tmp_path/'x.pkl').read_bytes()
+
+
+def short(out, method='alone', teacher=None, **kw):
+    from diffkd_nb.experiment import run
+    from diffkd_nb.recipes import get_recipe
+    return run(get_recipe('tiny').replace(epochs=2), 'digits', teacher, 'small:4', method, 0, out, progress=False, **kw)
+
+
+def test_precision_of_a_run_is_on_record_and_verified_in_it(tmp_path):
+    from diffkd_nb.experiment import verify
+    from diffkd_nb.precision import bf16_instructions
+    whole, half = short(tmp_path/'a'), short(tmp_path/'b', precision='bf16')
+    assert whole['settings']['precision'] == 'float32' and 'bf16' not in whole['cost']
+    assert half['settings']['precision'] == 'bf16' and half['cost']['bf16'] == (bf16_instructions() or 'no instructions')
+    assert whole['student_hash'] != half['student_hash'] and verify(tmp_path/'a') and verify(tmp_path/'b')
+    assert short(tmp_path/'b', amp='bf16') == half               # the older name
+
+
+def test_verify_tolerates_rounding_and_no_more(tmp_path):
+    "A record that is off by more hits than can flip is refused"
+    from diffkd_nb.experiment import manifest_hash, verify
+    m = short(tmp_path/'b', precision='bf16')
+    f, log = tmp_path/'b'/'manifest.json', tmp_path/'b'/'log.csv'
+    from diffkd_nb.files import file_hash
+    was = str(m['result']['accuracy'])
+    for off, fine in ((1, True), (60, False)):
+        new = json.loads(json.dumps(m))
+        value = float(f"{m['result']['accuracy'] + off/m['data']['n_valid']:.8g}")
+        new['result'].update(accuracy=value, best_accuracy=value, best_epoch=2)
+        text = log.read_text()
+        log.write_text(text.replace(was, str(value)))
+        new['files']['log.csv'] = file_hash(log)
+        new['hash'] = manifest_hash(new)
+        f.write_text(json.dumps(new))
+        report = verify(tmp_path/'b')
+        assert bool(report) == fine, str(report)
+        log.write_text(text)
+
+
+def test_slow_or_impossible_precisions_are_told(tmp_path, capsys, monkeypatch):
+    from diffkd_nb import precision
+    from diffkd_nb.experiment import compare
+    from diffkd_nb.files import InputError
+    with pytest.raises(InputError, match="'fp16' is for a GPU"): short(tmp_path/'a', precision='fp16', device='cpu')
+    with pytest.raises(InputError, match="'fp16' is for a GPU"):
+        compare([('x', 'small:4')], ['alone'], 1, 'tiny', 'digits', tmp_path/'c', precision='fp16', device='cpu')
+    with pytest.raises(InputError, match="precision must be 'float32', 'bf16' or 'fp16', got 'int8'"): short(tmp_path/'a', precision='int8')
+    monkeypatch.setattr(precision, 'bf16_instructions', lambda: '')
+    short(tmp_path/'a', precision='bf16', device='cpu')
+    assert "no instructions for bfloat16" in capsys.readouterr().err
