@@ -53,7 +53,7 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'device': 'cpu, cuda, cuda:1, ... (default: a GPU if there is one)',
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',
-    'channels_last': 'keep maps with the channels last: faster, rounded in another order',
+    'channels_last': 'keep maps with the channels last (the default)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -119,7 +119,10 @@ def _common(p, required):
                    help='fetch CIFAR into its folder if it is not there (sums are checked)')
     add_fields(p, *_OPTIONS[3:5])
     add_fields(p, 'precision', choices=PRECISIONS)
-    add_fields(p, *_OPTIONS[6:])
+    add_fields(p, 'channels_last')
+    p.add_argument('--channels-first', dest='channels_last', action='store_false', default=None,
+                   help='keep maps with the channels first: slower, rounded as in older runs')
+    add_fields(p, *_OPTIONS[7:])
 
 # %% ../nbs/30_commands.ipynb #1a65d6ce
 def changed_recipe(

@@ -326,7 +326,7 @@ def run(
     cache:Path|TeacherCache|None=None, # Folder of a `TeacherCache`
     device=None, # GPU if there is one, by default
     precision:str='float32', # `'bf16'` (where the processor has instructions for it, or a GPU) or `'fp16'` (GPU)
-    channels_last:bool=False, # Keep maps and kernels with the channels last: faster, in another order of rounding
+    channels_last:bool=True, # Keep maps and kernels with the channels last; False rounds in the order of older runs
     graph:bool=False, # Record the step as a CUDA graph where there is a GPU, see `CudaGraphStep`
     eval_batch:int|None=None, # Images per validation batch
     num_workers:int|None=None, # Processes that read files
@@ -352,7 +352,8 @@ def _stored_setup(folder, teacher, data, trust):
     try: m = read_manifest(folder, trust); s, spec = m['settings'], trusted_spec(m, folder, data, trust)
     except InputError as e: raise InputError(f"{folder/'manifest.json'}: {e}") from None
     recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
-    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s.get('taps'), s.get('teacher_stats'))
+    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s.get('taps'), s.get('teacher_stats'),
+                  channels_last=s.get('channels_last', False))
     return setup, s.get('teacher_hash')
 
 # %% ../nbs/24_run.ipynb #9fc5c8de

@@ -40,7 +40,7 @@ class Setup:
     taps:list|None=None # What to compare; the method's own choice by default
     teacher_stats:object=None # Normalisation that the teacher wants; as published weights, or the data, by default
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
-    channels_last:bool=False # Keep maps and kernels with the channels last
+    channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
 
     def __post_init__(self): self._check()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from .comparison import Comparison
-from .precision import autocast
+from .precision import PRECISIONS, autocast
 from .files import InputError, file_hash
 from .models import registered_only
 from .weights import check_fit, load_weights, read_weights, state_hash
@@ -85,8 +85,9 @@ def _check_log(out, m):
 # %% ../nbs/28_verify.ipynb #fe898626
 def _trained_in(m):
     "Precision of a run; runs on a CPU that do not name its instructions computed in float32 whatever was asked for"
-    on_cpu = m.get('environment', {}).get('device', 'cpu') == 'cpu'
-    return 'float32' if on_cpu and 'bf16' not in m.get('cost', {}) else m['settings'].get('precision', 'float32')
+    where, cost = (v if isinstance(v := m.get(k), dict) else {} for k in ('environment', 'cost'))
+    asked, on_cpu = m['settings'].get('precision'), where.get('device', 'cpu') == 'cpu'
+    return asked if asked in PRECISIONS and ('bf16' in cost or not on_cpu) else 'float32'
 
 class _Both(nn.Module):
     "A model in a precision that counts the samples to which float32 gives another class"
@@ -121,6 +122,7 @@ def _check_student(out, m, find, sources, device):
     try: check_fit(make, file); model = load_weights(make(), file)
     except Exception as e: add('the student loads', False, str(e)); return checks      # any name may stand there
     add('the student is the one that was trained', state_hash(model) == m['student_hash'], 'other weights')
+    if s.get('channels_last'): model = model.to(memory_format=torch.channels_last)
     both = _Both(model, _trained_in(m), device)
     found = task.evaluate(both, data, device, augmentation=s['recipe'].get('augmentation', ()))
     _compare_figures(add, task, found, m, data, both)

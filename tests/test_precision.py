@@ -137,3 +137,34 @@ def test_slow_or_impossible_precisions_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(precision, 'bf16_instructions', lambda: '')
     short(tmp_path/'a', precision='bf16', device='cpu')
     assert "no instructions for bfloat16" in capsys.readouterr().err
+
+
+# ---- layout
+
+def test_models_of_a_run_have_the_channels_last(tmp_path):
+    "Student, teacher and distiller; records without the key mean channels first"
+    from diffkd_nb.experiment import run, verify
+    from diffkd_nb.recipes import get_recipe
+    from diffkd_nb.run import learner
+    from diffkd_nb.setup import Job, Setup
+    short(tmp_path/'t')
+    teacher = f"small:4@{tmp_path/'t'/'student.safetensors'}"
+    for last in (True, False):
+        learn = learner(Setup('tiny', 'digits', 'small:4', (teacher,), 'diffkd', channels_last=last).open(), Job(tmp_path/'x', 'cpu'))
+        kd = learn.distill.kd
+        for model in (learn.model, kd.teacher, kd.distiller):
+            kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+            assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) == last for p in kernels)
+    m = short(tmp_path/'first', channels_last=False)
+    assert 'channels_last' not in m['settings'] and verify(tmp_path/'first')
+    with pytest.raises(Exception, match='channels_last: None there, True now'): short(tmp_path/'first')
+
+
+@pytest.mark.parametrize('flags, layout, precision', [([], True, 'float32'), (['--channels-last'], True, 'float32'),
+                         (['--channels-first'], None, 'float32'), (['--precision', 'bf16'], True, 'bf16'), (['--amp', 'bf16'], True, 'bf16')])
+def test_flags_of_the_commands(tmp_path, flags, layout, precision):
+    from diffkd_nb.commands import train_main
+    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--student', 'small:4', '--method', 'alone', '--out', str(tmp_path/'x')]
+    assert train_main([*args, *flags]) == 0
+    s = json.loads((tmp_path/'x'/'manifest.json').read_text())['settings']
+    assert s.get('channels_last') == layout and s['precision'] == precision
