@@ -17,6 +17,7 @@ from .relations import *
 from .head import *
 from .methods import *
 from .outputs import *
+from .engine import *
 from .distillation import *
 from .precision import *
 from .teacher_learner import *

@@ -37,8 +37,8 @@ from .outputs import check_kind, output_kind
 from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
-__all__ = ['first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback', 'distillation',
-           'DiffKDCallback']
+__all__ = ['ENGINE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
+           'distillation', 'DiffKDCallback']
 
 # %% ../nbs/09_callback.ipynb #be1fca03
 def first_samples(
@@ -181,6 +181,7 @@ class DistillCallback(Callback):
         inputs=None, # A few inputs of the student, to plan before there is a batch; the first training batch by default
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher = _teacher_model(teacher)
@@ -193,6 +194,7 @@ class DistillCallback(Callback):
         self.asked_taps,self.task_weight,self.seed,self.compile = taps,check_number('task_weight', task_weight),seed,compile
         self.verbose,self.teacher_transform,self.cache,self.inputs = verbose,teacher_transform,cache,inputs
         self.output_key,self.output = output_key,None if output is None else check_kind(output)
+        self.teacher_engine = teacher_engine
         self.kd = self.tail = self.before = self.trainer = self.waiting = self.index = self.lent_loss = None
         self.fitting = self.attached = self.in_batch = False
         self.memory_of = self.joined = None
@@ -245,7 +247,8 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.asked_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, output_key=self.output_key, output=self._meaning())
+                           self.teacher_transform, self.cache, self._context, output_key=self.output_key, output=self._meaning(),
+                           teacher_engine=self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
 
@@ -395,6 +398,19 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.learn)    # saved or copied: the Learner's own
 
+# %% ../nbs/09_callback.ipynb #76bdf35a
+ENGINE_STEPS = 500 # Steps from which a folded teacher pays
+
+@patch
+def _engine_pays(self:DistillCallback):
+    "Whether the fit is long enough; says so once"
+    if self.teacher_engine != 'auto': return False
+    steps = self.learn.n_epoch*len(self.learn.dls.train)
+    long = steps >= ENGINE_STEPS
+    if self.verbose and self.learn.epoch == 0:
+        print(f"teacher engine: {'folded' if long else 'plain'}, {steps} steps ({ENGINE_STEPS} or more pay).")
+    return long
+
 # %% ../nbs/09_callback.ipynb #1104f1b8
 @patch
 def before_train(self:DistillCallback):
@@ -410,7 +426,8 @@ def before_train(self:DistillCallback):
 def _join(self:DistillCallback):
     "Start the distillation, join the optimiser"
     dev = next(self.learn.model.parameters()).device
-    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
+    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False),
+                  engine=self._engine_pays())
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     self.tail.add(self.learn.opt)
     self.joined,self.attached = self.learn.opt,True

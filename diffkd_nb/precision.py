@@ -70,10 +70,10 @@ def open_on_cpu(
     learn:Learner # In a fit or a validation
 ):
     "Let `learn.to_bf16()` work for a model on the CPU; `ValueError` for a training in fp16"
-    cb, p = _mixed(learn), next(learn.model.parameters(), None)
-    if cb is None or p is None or p.device.type != 'cpu': return
-    if isinstance(getattr(cb, 'autocast', None), CpuAutocastContext): return
-    if cb.amp_mode == AMPMode.BF16: cb.autocast = CpuAutocastContext()
+    mixed, p = _mixed(learn), next(learn.model.parameters(), None)
+    if mixed is None or p is None or p.device.type != 'cpu': return
+    if isinstance(getattr(mixed, 'autocast', None), CpuAutocastContext): return
+    if mixed.amp_mode == AMPMode.BF16: mixed.autocast = CpuAutocastContext()
     elif learn.training: slow_precision('fp16', 'cpu')
 
 def close_on_cpu(
