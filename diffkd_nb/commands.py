@@ -54,6 +54,8 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',
     'channels_last': 'keep maps with the channels last (the default)',
+    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding '
+                      '(default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -104,8 +106,8 @@ def _parser(name, says, after):
                                    description=textwrap.fill(says, 100), epilog=after)
 
 # %% ../nbs/30_commands.ipynb #e5fc0910
-_OPTIONS = ('teacher_stats', 'weights', 'cache', 'workers', 'device', 'precision', 'channels_last', 'graph',
-            'eval_batch') # Fields that both commands have flags for
+_OPTIONS = ('teacher_stats', 'weights', 'cache', 'workers', 'device', 'precision', 'channels_last', 'teacher_engine',
+            'graph', 'eval_batch') # Fields that both commands have flags for
 
 def _common(p, required):
     "Options of training that both commands have"
@@ -122,7 +124,8 @@ def _common(p, required):
     add_fields(p, 'channels_last')
     p.add_argument('--channels-first', dest='channels_last', action='store_false', default=None,
                    help='keep maps with the channels first: slower, rounded as in older runs')
-    add_fields(p, *_OPTIONS[7:])
+    add_fields(p, 'teacher_engine', choices=['auto', 'plain'])
+    add_fields(p, *_OPTIONS[8:])
 
 # %% ../nbs/30_commands.ipynb #1a65d6ce
 def changed_recipe(

@@ -185,8 +185,8 @@ def _distilling(opened, job):
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
     try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
-                                 cache=cache, teacher_transform=opened.transform,
-                                 inputs=opened.data.example(2), **options)]
+                                 cache=cache, teacher_transform=opened.transform, inputs=opened.data.example(2),
+                                 teacher_engine=setup.teacher_engine, **options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada
@@ -307,6 +307,7 @@ def _cost(learn, job, began, seconds):
         peak_memory_mb=peak and round(peak/2**20, 1), peak_memory_of='GPU allocations' if on_gpu else 'process',
         student_parameters=n_parameters(learn.model), added_parameters=0 if d is None else n_parameters(d.distiller))
     if not on_gpu and 'mixed_precision' in [cb.name for cb in learn.cbs]: cost['bf16'] = bf16_instructions() or 'no instructions'
+    if d is not None and d.teacher_engine != 'plain': cost['teacher_engine'] = d.engine_note
     if graph is not None: cost['graph'] = 'recorded' if graph.recorded else graph.reason
     if max(processes) > 1: cost['processes'] = list(processes)
     return cost
@@ -335,11 +336,12 @@ def run(
     keep_distiller:bool=False, # Also store the distiller's weights, for pictures
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True, # Show a progress bar
-    amp:str|None=None # An older name of `precision`
+    amp:str|None=None, # An older name of `precision`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, see `make_engine`
 ) -> dict: # The manifest
     "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,
-                  amp or precision, channels_last, graph)
+                  amp or precision, channels_last, graph, teacher_engine)
     job = Job(out, device, weights, cache, eval_batch, num_workers, diagnostics=diagnostics, progress=progress,
               checkpoint_every=checkpoint_every, keep_distiller=keep_distiller, keep_student=keep_student)
     return run_setup(setup, job)

@@ -42,6 +42,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding
 
     def __post_init__(self): self._check()
 
@@ -57,6 +58,8 @@ def _check(self:Setup):
     precision = self.precision or 'float32'
     if precision not in PRECISIONS:
         raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
+    if self.teacher_engine not in ('auto', 'plain'):
+        raise InputError(f"teacher_engine must be 'auto' or 'plain', got {self.teacher_engine!r}.")
     for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
         object.__setattr__(self, name, value)
 
@@ -242,6 +245,7 @@ def settings(self:Opened) -> dict: # As in a manifest
         precision=s.precision, seed=s.seed)
     if s.channels_last: found['channels_last'] = True
     if s.graph: found['graph'] = True
+    if s.teacher_engine != 'plain': found['teacher_engine'] = s.teacher_engine
     if self.task.name != 'classification': found['task'] = self.task.name
     return json.loads(json.dumps(found))
 

@@ -82,3 +82,18 @@ def test_only_a_long_fit_folds(monkeypatch, capsys):
     for k in a:
         assert torch.equal(a[k], b[k])
         torch.testing.assert_close(a[k], c[k], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_has_its_engine_on_record(tmp_path, monkeypatch):
+    from diffkd_nb.experiment import run
+    from diffkd_nb.recipes import get_recipe
+    monkeypatch.setattr(callback, 'ENGINE_STEPS', 1)
+    recipe = get_recipe('tiny').replace(epochs=1)
+    go = lambda teacher, method, out, **kw: run(recipe, 'digits', teacher, 'small:4', method, 0, tmp_path/out, progress=False, **kw)
+    go(None, 'alone', 't')
+    teacher = f"small:4@{tmp_path/'t'/'student.safetensors'}"
+    plain, auto = go(teacher, 'kd', 'p'), go(teacher, 'kd', 'a', teacher_engine='auto')
+    assert 'teacher_engine' not in plain['settings'] and 'teacher_engine' not in plain['cost']
+    assert auto['settings']['teacher_engine'] == 'auto' and auto['cost']['teacher_engine'] == 'folded'
+    assert auto['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], rel=1e-3)
+    with pytest.raises(ValueError, match="teacher_engine must be 'auto' or 'plain', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
