@@ -28,7 +28,7 @@ def train(method, bf16, epochs=1, cbs=(), n=24, student=None):
     set_seed(0)
     s, t = SpyModel(*(student or STUDENT())), TEACHER()
     s.seen = set()
-    learn = make_learner(s, cbs=[Note(), DistillCallback(t, method, verbose=False, seed=1), *cbs], dls=tensor_dls(n=n), lr=1e-3)
+    learn = make_learner(s, cbs=[Note(), DistillCallback(t, method, verbose=False, seed=1, inputs=torch.randn(2, 3, 32, 32)), *cbs], dls=tensor_dls(n=n), lr=1e-3)
     s.seen.clear()      # the plan's dry run
     if bf16: learn.to_bf16()
     with quiet(learn): learn.fit(epochs)
