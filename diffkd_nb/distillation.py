@@ -245,6 +245,7 @@ def prepare(self:Distillation,
             if not keep: self.distiller = self.method.make(plan, self._context())
     if not keep: self.generator = None
     if self.plan is not None: self.detach()
+    self.engine = None
     self.plan,self.made_of = plan,self.fingerprint()
     self._student_capture = Capture(self.student, {t.name: t.student for t in plan}, 'student')
     self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
@@ -398,6 +399,7 @@ def check_finite(self:Distillation):
 def _fold(self:Distillation, xb):
     "Let a folded copy of the teacher answer, until `finish`"
     self._may_fold = False
+    if self.writes_inputs: self.engine_note = 'plain, since the teacher writes into its input'; return
     self.engine, why = make_engine(self.teacher, {t.name: t.teacher for t in self.plan}, xb)
     self.engine_note = why and f'plain, since {why}' or 'folded'
 
