@@ -19,8 +19,8 @@ from .methods import *
 from .outputs import *
 from .engine import *
 from .distillation import *
-from .precision import *
 from .teacher_learner import *
+from .precision import *
 from .callback import *
 from .data import *
 from .models import *
