@@ -2,19 +2,24 @@
 
     python bench/step.py [--pairs resnet56-resnet20 ...] [--released CHECKOUT] [--device cuda] [--threads 2] [--out results/bench/step_cpu.json]
 
-`ours` is what `run(channels_last=True, graph=True, amp='bf16')` does: on a CPU that leaves channels last in float32. `plain` is the same
-Learner without any of it. `released` is the authors' own KDLoss around their models (CHECKOUT: hunto/image_classification_sota), with the body
+On a GPU `ours` is what `run(graph=True, precision='bf16')` does. On a CPU it is what `run` does, channels last in float32, and three more sides
+show what else there is: `engine` (the teacher folded), `bf16`, and `bf16 engine`. `plain` is the same Learner with the channels first and
+without any of it. Ratios are those of rounds of one run, medians over the rounds; beside them stands the ratio of FLOPs of DiffKD's step and
+KD's, and the load of the machine while the row was measured: a row with more running processes than cores is no figure to quote. `released` is the authors' own KDLoss around their models (CHECKOUT: hunto/image_classification_sota), with the body
 of their training loop; it exists for WRN-40-2 -> WRN-40-1. All sides alternate in one process, each on random images that lie where the models
 are, so none of them waits for data. A row is stored as soon as it is measured.
 """
-import argparse, importlib, json, statistics, sys, time, types, warnings
+import argparse, importlib, json, os, statistics, sys, time, types, warnings
 from pathlib import Path
 import torch
 from torch import nn
 from fastai.basics import Callback, Learner
 import fastai.callback.progress, fastai.callback.fp16
+from torch.utils.flop_counter import FlopCounterMode
 from fastai.losses import CrossEntropyLossFlat
+from diffkd_nb import callback
 from diffkd_nb.callback import DistillCallback
+from diffkd_nb.distillation import Distillation
 from diffkd_nb.data import ImageArrays, STATS, array_dls, write_whole
 from diffkd_nb.experiment import code_version, environment
 from diffkd_nb.fast import CudaGraphStep
@@ -43,16 +48,17 @@ class Clock(Callback):
     def after_train(self): sync(self.device); self.ms = 1000*(time.perf_counter() - self.start)/(self.n - WARM)
 
 
-def through_learner(teacher, student, method, data, a, fast):
+def through_learner(teacher, student, method, data, a, side):
     "A function that trains some steps and gives the milliseconds of one"
     torch.manual_seed(0)
+    fast, bf16 = side != 'plain', 'bf16' in side or side == 'ours' and a.device.startswith('cuda')
     layout = dict(memory_format=torch.channels_last) if fast else {}
     t, s, clock = make_model(teacher, 100).to(a.device, **layout), make_model(student, 100).to(a.device, **layout), Clock(a.device)
     graph = [CudaGraphStep(verbose=False)] if fast and a.device.startswith('cuda') else []
     learn = Learner(array_dls(data, a.batch, device=a.device), s, lr=1e-4, loss_func=CrossEntropyLossFlat(), opt_func=get_recipe('A1').opt_func(),
-                    cbs=[clock, DistillCallback(t, method, verbose=False), *graph])
+                    cbs=[clock, DistillCallback(t, method, verbose=False, inputs=torch.zeros(2, 3, 32, 32), teacher_engine='auto' if 'engine' in side else 'plain'), *graph])
     if fast: learn.distill.distiller.to(**layout)
-    if fast and a.device.startswith('cuda'): learn.to_bf16()
+    if bf16: learn.to_bf16()
     def train():
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         if graph and graph[0].reason: raise SystemExit(f'{teacher} -> {student}, {method}: no graph, since {graph[0].reason}')
@@ -91,18 +97,34 @@ def through_released(parts, teacher, student, method, data, a):
     return train
 
 
+def flops(teacher, student, batch):
+    "FLOPs of DiffKD's step over those of KD's"
+    x, y, found = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 100, []
+    for method in METHODS:
+        s = make_model(student, 100)
+        with Distillation(s, make_model(teacher, 100), method, xb=x[:2]) as kd, FlopCounterMode(display=False) as count:
+            (nn.functional.cross_entropy(s(x), y) + kd(x, y).total).backward()
+        found.append(count.get_total_flops())
+    return round(found[1]/found[0], 3)
+
+
 def measure(teacher, student, parts, data, a):
     "One row of the table: medians and their range, ratios round by round"
-    sides = {f'{side} {m}': through_learner(teacher, student, m, data, a, side == 'ours') for m in METHODS for side in ('plain', 'ours')}
+    names = ['plain', 'ours'] + ([] if a.device.startswith('cuda') else ['engine', 'bf16', 'bf16 engine'])
+    sides = {f'{side} {m}': through_learner(teacher, student, m, data, a, side) for m in METHODS for side in names}
+    busy = [os.getloadavg()[0]]
     if parts and (teacher, student) == ('wrn_40_2', 'wrn_40_1'): sides.update({f'released {m}': through_released(parts, teacher, student, m, data, a) for m in METHODS})
     times = {k: [] for k in sides}
     for f in sides.values(): f()
     for _ in range(a.rounds):
         for k,f in sides.items(): times[k].append(f())
+    busy.append(os.getloadavg()[0])
     ratio = lambda p, q: round(statistics.median(x/y for x,y in zip(times[p], times[q])), 3)
     row = dict(teacher=teacher, student=student, ms={k: round(statistics.median(v), 3) for k,v in times.items()}, range={k: [round(min(v), 3), round(max(v), 3)] for k,v in times.items()},
                images_per_second={k: round(1000*a.batch/statistics.median(v)) for k,v in times.items()}, diffkd_to_kd=ratio('ours diffkd', 'ours kd'),
-               faster_than_plain={m: ratio(f'plain {m}', f'ours {m}') for m in METHODS})
+               faster_than_plain={m: ratio(f'plain {m}', f'ours {m}') for m in METHODS}, load=[round(b, 2) for b in busy], cores=os.cpu_count(),
+               of_plain={side: {m: ratio(f'{side} {m}', f'plain {m}') for m in METHODS} for side in names[1:]},
+               diffkd_to_kd_by_side={side: ratio(f'{side} diffkd', f'{side} kd') for side in names}, flops_diffkd_to_kd=flops(teacher, student, a.batch))
     if 'released kd' in times: row['faster_than_released'] = {m: ratio(f'released {m}', f'ours {m}') for m in METHODS}
     return row
 
@@ -115,6 +137,7 @@ def main():
     p.add_argument('--threads', type=int, default=2); p.add_argument('--out', type=Path)
     a = p.parse_args()
     a.steps = a.steps or (200 if a.device.startswith('cuda') else 8)
+    callback.ENGINE_STEPS = 0       # also in the short rounds of a measurement
     warnings.filterwarnings('ignore'); torch.set_num_threads(a.threads); torch.manual_seed(0)
     n = a.batch*(a.steps + WARM)
     x, y = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 100
@@ -124,7 +147,8 @@ def main():
         row = measure(*pair.split('-'), parts, data, a)
         rows.append(row)
         r = row.get('faster_than_released')
-        print(f"{row['teacher']} -> {row['student']}: " + ', '.join(f'{k} {v:g} ms' for k,v in row['ms'].items()) + f"; DiffKD {row['diffkd_to_kd']:.2f} of KD's step, {row['faster_than_plain']['diffkd']:.2f} times as fast as plain"
+        if row['load'][-1] > row['cores']: print(f"load {row['load'][-1]:.1f} on {row['cores']} cores: not a quiet machine", flush=True)
+        print(f"{row['teacher']} -> {row['student']}: FLOPs {row['flops_diffkd_to_kd']:.2f}; " + ', '.join(f'{k} {v:g} ms' for k,v in row['ms'].items()) + f"; DiffKD {row['diffkd_to_kd']:.2f} of KD's step, {row['faster_than_plain']['diffkd']:.2f} times as fast as plain"
               + (f", {r['diffkd']:.2f} times as fast as the released program (KD: {r['kd']:.2f})" if r else ''), flush=True)
         if a.out: write_whole(a.out, json.dumps(dict(bench='step', batch=a.batch, steps=a.steps, rounds=a.rounds, threads=a.threads, rows=rows, code=code_version(), environment=environment(a.device)), indent=1))
 

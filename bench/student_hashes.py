@@ -4,7 +4,7 @@
     python bench/student_hashes.py                      print the hashes of this version
 
 Hashes depend on the processor, so both versions run here, on one thread, on data made from seeds.
-Each row is a short run of `run`; the last ones are killed after their first checkpoint and taken up again.
+Each row is a short run of `run` with the channels first, as older versions had them; the last ones are killed after their first checkpoint and taken up again.
 """
 import argparse
 import json
@@ -54,7 +54,7 @@ def train(job):
     from diffkd_nb.recipes import get_recipe
     torch.set_num_threads(1)
     recipe = get_recipe('tiny').replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in job['recipe'].items()})
-    m = run(recipe, job['data'], job['teacher'], job['student'], job['method'], 3, job['out'], progress=False)
+    m = run(recipe, job['data'], job['teacher'], job['student'], job['method'], 3, job['out'], channels_last=False, progress=False)
     return m['student_hash']
 
 

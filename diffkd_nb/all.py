@@ -17,8 +17,10 @@ from .relations import *
 from .head import *
 from .methods import *
 from .outputs import *
+from .engine import *
 from .distillation import *
 from .teacher_learner import *
+from .precision import *
 from .callback import *
 from .data import *
 from .models import *

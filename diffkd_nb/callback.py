@@ -36,10 +36,11 @@ from .methods import METHODS, Method
 from .distillation import Distillation, as_method, declared
 from .outputs import check_kind, output_kind
 from .teacher_learner import compare_teacher
+from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
-__all__ = ['first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback', 'distillation',
-           'DiffKDCallback']
+__all__ = ['ENGINE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
+           'distillation', 'DiffKDCallback']
 
 # %% ../nbs/09_callback.ipynb #be1fca03
 def first_samples(
@@ -183,6 +184,7 @@ class DistillCallback(Callback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher,self.teacher_learner = _teacher_model(teacher),teacher if isinstance(teacher, Learner) else None
@@ -195,6 +197,7 @@ class DistillCallback(Callback):
         self.asked_taps,self.task_weight,self.seed,self.compile = taps,check_number('task_weight', task_weight),seed,compile
         self.verbose,self.teacher_transform,self.cache,self.inputs = verbose,teacher_transform,cache,inputs
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
+        self.teacher_engine = teacher_engine
         self.kd = self.tail = self.before = self.trainer = self.waiting = self.index = self.lent_loss = None
         self.fitting = self.attached = self.in_batch = False
         self.memory_of = self.joined = None
@@ -247,7 +250,8 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.asked_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(), self.classes)
+                           self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(), self.classes,
+                           self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
 
@@ -417,12 +421,26 @@ class _Guard:
         except BaseException: self.cb.finish(); raise
     def __reduce__(self): return partial, (Learner._do_epoch, self.learn)    # saved or copied: the Learner's own
 
+# %% ../nbs/09_callback.ipynb #76bdf35a
+ENGINE_STEPS = 500 # Steps from which a folded teacher pays
+
+@patch
+def _engine_pays(self:DistillCallback):
+    "Whether the fit is long enough; says so once"
+    if self.teacher_engine != 'auto': return False
+    steps = self.learn.n_epoch*len(self.learn.dls.train)
+    long = steps >= ENGINE_STEPS
+    if self.verbose and self.learn.epoch == 0:
+        print(f"teacher engine: {'folded' if long else 'plain'}, {steps} steps ({ENGINE_STEPS} or more pay).")
+    return long
+
 # %% ../nbs/09_callback.ipynb #1104f1b8
 @patch
 def before_train(self:DistillCallback):
     "Start the distillation and join the optimiser where there is a plan; a callback that came late begins here"
     if not self.fitting: self._begin()
     self.detach()
+    open_on_cpu(self.learn)
     if 'index' in self.method.needs: self.index = self.numbers.enter_context(numbered(self.learn.dls.train))
     if self.inputs is not None and not self._distillation().is_current(): self.make_plan(self.inputs)
     if self._distillation().is_current(): self._join()
@@ -431,12 +449,16 @@ def before_train(self:DistillCallback):
 def _join(self:DistillCallback):
     "Start the distillation, join the optimiser"
     dev = next(self.learn.model.parameters()).device
-    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
+    self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False),
+                  engine=self._engine_pays())
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     self.tail.add(self.learn.opt)
     self.joined,self.attached = self.learn.opt,True
 
 # %% ../nbs/09_callback.ipynb #dc85a9b1
+@patch
+def before_validate(self:DistillCallback): open_on_cpu(self.learn)
+
 @patch
 def before_batch(self:DistillCallback):
     "Hang the student's hooks for this batch; the first batch makes the plan"
@@ -463,6 +485,7 @@ def after_batch(self:DistillCallback):
     "Take the hooks away (also after a cancelled batch)"
     if self.attached: self.kd.detach()
     self._give_back_loss()
+    close_on_cpu(self.learn)
 
 # %% ../nbs/09_callback.ipynb #a2dda1bb
 @patch
@@ -532,6 +555,7 @@ def detach(self:DistillCallback):
 def finish(self:DistillCallback):
     "Detach, and put back the teacher, the metrics and the Learner's own epoch"
     self.detach()
+    close_on_cpu(self.learn)
     if self.kd is not None: self.kd.finish()
     if not self.fitting: return
     self.fitting = False

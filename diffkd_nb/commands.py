@@ -17,6 +17,7 @@ from .comparison import Comparison, compare
 from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
 from .methods import METHODS
+from .precision import PRECISIONS
 from .recipes import RECIPES, Recipe, get_recipe
 from .run import run_setup
 from .setup import Job, Setup, split_options
@@ -50,8 +51,11 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'cache': "folder for the teacher's outputs, shared by runs; only for crop and flip",
     'workers': 'processes that read images from disk (folder:FOLDER only; default: 2)',
     'device': 'cpu, cuda, cuda:1, ... (default: a GPU if there is one)',
-    'precision': 'mixed precision, on a GPU',
-    'channels_last': 'keep maps with the channels last: faster, rounded in another order',
+    'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
+                 '(default: float32)',
+    'channels_last': 'keep maps with the channels last (the default)',
+    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding '
+                      '(default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -63,7 +67,7 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'diagnostics': 'look into DiffKD while it trains and write diagnostics.json'}
 
 # %% ../nbs/30_commands.ipynb #90c5fe37
-_CALLED = dict(precision='--amp') # Field to its flag, where that is another word
+_ALSO = dict(precision=['--amp']) # Field to older names of its flag
 _LOWEST = dict(workers=0, seed=0) # Field to the smallest value of its flag, 1 for the others
 
 def add_fields(
@@ -74,11 +78,11 @@ def add_fields(
     "Add the flags of some fields"
     kinds = {f.name: f.type.partition('|')[0].strip() for c in (Setup, Job) for f in fields(c)}
     for name in names:
-        kind, flag = kinds[name], _CALLED.get(name, '--' + name.replace('_', '-'))
+        kind, called = kinds[name], ['--' + name.replace('_', '-'), *_ALSO.get(name, ())]
         how = dict(action='store_true', default=None) if kind == 'bool' else {}
         if kind == 'int': how['type'] = at_least(_LOWEST.get(name, 1))
         if kind == 'Path': how['type'] = Path
-        p.add_argument(flag, dest=name, help=FLAGS[name], **{**how, **more})
+        p.add_argument(*called, dest=name, help=FLAGS[name], **{**how, **more})
 
 def given(a:argparse.Namespace, names) -> dict: # Field to value
     "What was said of some fields"
@@ -102,8 +106,8 @@ def _parser(name, says, after):
                                    description=textwrap.fill(says, 100), epilog=after)
 
 # %% ../nbs/30_commands.ipynb #e5fc0910
-_OPTIONS = ('teacher_stats', 'weights', 'cache', 'workers', 'device', 'precision', 'channels_last', 'graph',
-            'eval_batch') # Fields that both commands have flags for
+_OPTIONS = ('teacher_stats', 'weights', 'cache', 'workers', 'device', 'precision', 'channels_last', 'teacher_engine',
+            'graph', 'eval_batch') # Fields that both commands have flags for
 
 def _common(p, required):
     "Options of training that both commands have"
@@ -116,8 +120,12 @@ def _common(p, required):
     p.add_argument('--download', action='store_true',
                    help='fetch CIFAR into its folder if it is not there (sums are checked)')
     add_fields(p, *_OPTIONS[3:5])
-    add_fields(p, 'precision', choices=['bf16', 'fp16'])
-    add_fields(p, *_OPTIONS[6:])
+    add_fields(p, 'precision', choices=PRECISIONS)
+    add_fields(p, 'channels_last')
+    p.add_argument('--channels-first', dest='channels_last', action='store_false', default=None,
+                   help='keep maps with the channels first: slower, rounded as in older runs')
+    add_fields(p, 'teacher_engine', choices=['auto', 'plain'])
+    add_fields(p, *_OPTIONS[8:])
 
 # %% ../nbs/30_commands.ipynb #1a65d6ce
 def changed_recipe(

@@ -97,7 +97,7 @@ def compare(
     executor:str='process', # `'process'`, `'ray'` or `'here'`
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
-    **options # Further arguments of `run`: taps, teacher_stats, cache, device, amp, channels_last, graph, ...
+    **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
@@ -136,6 +136,7 @@ def _runs(cells, recipe, data, out, threads, options):
 
 def _prepare(runs, sources, out):
     "Check all that can be checked, measure the teachers; the cells that are not finished"
+    for said in {s.warning(j.place) for s,j in runs} - {''}: print(said, file=sys.stderr)
     _check_plans([s for s,_ in runs], sources)
     finished = [(s, j) for s,j in runs if (j.out/'manifest.json').is_file()]
     _check_finished(finished, sources)

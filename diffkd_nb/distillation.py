@@ -20,6 +20,7 @@ from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, 
 from .distiller import Context, as_distiller
 from .methods import METHODS, Method
 from .outputs import check_kind, check_values
+from .engine import make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'Step', 'Distillation', 'transformed', 'own_dtype']
@@ -172,9 +173,12 @@ class Distillation:
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: class scores by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher answers, equal to rounding, see `make_engine`
         **options # Options of a method that is named
     ):
         check_pair(student, teacher)
+        if teacher_engine not in ('auto', 'plain'):
+            raise ValueError(f"teacher_engine must be 'auto' or 'plain', got {teacher_engine!r}.")
         self.method = as_method(method, options)
         self.student,self.teacher = unwrap(student),teacher
         self.asked_taps,self.seed,self.teacher_transform,self.cache = taps,seed,teacher_transform,cache
@@ -185,6 +189,7 @@ class Distillation:
         self.writes_inputs,self.made_of = False,None
         self.waiting = None         # a state that was loaded before there was a plan
         self.same_data = None       # tells whether the data are those of the memory
+        self.teacher_engine,self.engine,self.engine_note,self._may_fold = teacher_engine,None,'plain',False
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
 # %% ../nbs/08_distillation.ipynb #f6168feb
@@ -243,6 +248,7 @@ def prepare(self:Distillation,
             if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
     if self.plan is not None: self.detach()
+    self.engine = None
     self.plan,self.made_of = plan,self.fingerprint()
     self._student_capture = Capture(self.student, {t.name: t.student for t in plan}, 'student')
     self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
@@ -327,7 +333,8 @@ def _same_device(a, b): return (a.type, a.index or 0) == (b.type, b.index or 0)
 def start(self:Distillation,
     device=None, # Where to train; where the student is by default
     part:tuple=(0, 1), # Number of this process, number of processes
-    sync_bn:bool=False # Compute the method's BatchNorm statistics over all processes (CUDA)
+    sync_bn:bool=False, # Compute the method's BatchNorm statistics over all processes (CUDA)
+    engine:bool=True # False: `teacher_engine='auto'` does not pay, the training is too short
 ):
     "Bring method and teacher to the device, the teacher in eval mode; may be called again for each epoch"
     dev = torch.device(device) if device is not None else next(self.student.parameters()).device
@@ -338,6 +345,7 @@ def start(self:Distillation,
     if part[1] > 1: self._agree(dev, sync_bn)
     if self._lent is None: self._lent = self._state_of_teacher(dev)
     self.teacher.to(dev).eval()
+    self._may_fold = engine and self.teacher_engine == 'auto' and self.engine is None
     self.tally.reset(dev)
 
 @patch
@@ -349,6 +357,7 @@ def _state_of_teacher(self:Distillation, dev):
 def finish(self:Distillation):
     "Take the hooks away and give the teacher back: mode and device as they were"
     self.detach()
+    self.engine = None
     if self._lent is None: return
     modes, dev = self._lent
     self._lent = None
@@ -384,8 +393,11 @@ def run_teacher(self:Distillation,
     *xb # The student's input
 ) -> dict: # Tap name to (B, C, H, W), without gradient
     "The teacher's maps of a batch"
+    xb = self.teacher_input(xb)
+    if self._may_fold: self._fold(xb)
+    if self.engine is not None: return self.engine(*xb)
     with torch.no_grad(), self._teacher_capture:
-        self._teacher_capture.note_output(self.teacher(*self.teacher_input(xb)))
+        self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()
 
 @patch
@@ -405,6 +417,15 @@ def check_finite(self:Distillation):
     if not self.tally.finite:
         raise ValueError("the teacher gave a value that is not finite (NaN or infinity) during training: check its "
                          "weights, the normalisation of the input, and whether it overflows in half precision.")
+
+# %% ../nbs/08_distillation.ipynb #f4cb897f
+@patch
+def _fold(self:Distillation, xb):
+    "Let a folded copy of the teacher answer, until `finish`"
+    self._may_fold = False
+    if self.writes_inputs: self.engine_note = 'plain, since the teacher writes into its input'; return
+    self.engine, why = make_engine(self.teacher, {t.name: t.teacher for t in self.plan}, xb)
+    self.engine_note = why and f'plain, since {why}' or 'folded'
 
 # %% ../nbs/08_distillation.ipynb #d8f91e6d
 @patch

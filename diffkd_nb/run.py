@@ -24,6 +24,7 @@ from .diagnostics import DenoisingDiagnostics, Diagnosis
 from .fast import CudaGraphStep
 from .files import InputError, csv_text, only_one, process_rank, world_size, write_whole
 from .methods import Method
+from .precision import CpuAutocast, bf16_instructions
 from .models import n_parameters, registered_only
 from .weights import check_fit, load_weights, save_weights, state_hash
 from .recipes import Recipe
@@ -161,6 +162,7 @@ def learner(
                     metrics=task.metrics(opened.data), cbs=cbs)
     learn.recorder.loss = MeanLoss()
     if setup.channels_last and (d := _distiller(learn)): d.distiller.to(memory_format=torch.channels_last)
+    if setup.precision == 'bf16': learn.add_cb(CpuAutocast())
     if setup.precision != 'float32': learn = learn.to_bf16() if setup.precision == 'bf16' else learn.to_fp16()
     set_seed(10_000 + setup.seed + 1_000_003*process_rank(), reproducible=True)      # dropout and the like
     return learn
@@ -179,12 +181,13 @@ def _distilling(opened, job):
     "The distillation callback in a list; none for a student that learns alone"
     if opened.teacher is None: return []
     setup, method, teacher = opened.setup, opened.setup.method, opened.teacher.model
-    if setup.channels_last: teacher = teacher.to(memory_format=torch.channels_last)
+    teacher = teacher.to(memory_format=torch.channels_last if setup.channels_last else torch.contiguous_format)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
     try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
                                  cache=cache, teacher_transform=opened.transform,
-                                 inputs=opened.data.example(2), output=opened.task.output, **options)]
+                                 inputs=opened.data.example(2), output=opened.task.output,
+                                 teacher_engine=setup.teacher_engine, **options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada
@@ -217,6 +220,7 @@ def run_setup(
     sources:Sources|None=None # Where data and teachers are opened, perhaps for many runs
 ) -> dict: # The manifest
     "Train one student, or go on where it stopped; a finished run gives its manifest"
+    if (said := setup.warning(job.place)) and not process_rank(): print(said, file=sys.stderr)
     opened, out, make = setup.open(sources or Sources(job.weights)), job.out, lambda f: f()
     if world_size() > 1:
         from diffkd_nb.distributed import agree as make, join       # one process works, all know
@@ -303,6 +307,8 @@ def _cost(learn, job, began, seconds):
         ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps,
         peak_memory_mb=peak and round(peak/2**20, 1), peak_memory_of='GPU allocations' if on_gpu else 'process',
         student_parameters=n_parameters(learn.model), added_parameters=0 if d is None else n_parameters(d.distiller))
+    if not on_gpu and 'mixed_precision' in [cb.name for cb in learn.cbs]: cost['bf16'] = bf16_instructions() or 'no instructions'
+    if d is not None and d.teacher_engine != 'plain': cost['teacher_engine'] = d.engine_note
     if graph is not None: cost['graph'] = 'recorded' if graph.recorded else graph.reason
     if max(processes) > 1: cost['processes'] = list(processes)
     return cost
@@ -321,8 +327,8 @@ def run(
     weights:Path|None=None, # Folder where files of published weights are looked for before they are downloaded
     cache:Path|TeacherCache|None=None, # Folder of a `TeacherCache`
     device=None, # GPU if there is one, by default
-    amp:str|None=None, # `'bf16'` or `'fp16'` on a GPU
-    channels_last:bool=False, # Keep maps and kernels with the channels last: faster, in another order of rounding
+    precision:str='float32', # `'bf16'` (where the processor has instructions for it, or a GPU) or `'fp16'` (GPU)
+    channels_last:bool=True, # Keep maps and kernels with the channels last; False rounds in the order of older runs
     graph:bool=False, # Record the step as a CUDA graph where there is a GPU, see `CudaGraphStep`
     eval_batch:int|None=None, # Images per validation batch
     num_workers:int|None=None, # Processes that read files
@@ -330,11 +336,13 @@ def run(
     checkpoint_every:int=1, # Epochs between checkpoints; the last epoch always gets one
     keep_distiller:bool=False, # Also store the distiller's weights, for pictures
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
-    progress:bool=True # Show a progress bar
+    progress:bool=True, # Show a progress bar
+    amp:str|None=None, # An older name of `precision`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, see `make_engine`
 ) -> dict: # The manifest
     "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,
-                  'float32' if amp is None else amp, channels_last, graph)
+                  amp or precision, channels_last, graph, teacher_engine)
     job = Job(out, device, weights, cache, eval_batch, num_workers, diagnostics=diagnostics, progress=progress,
               checkpoint_every=checkpoint_every, keep_distiller=keep_distiller, keep_student=keep_student)
     return run_setup(setup, job)
@@ -347,7 +355,8 @@ def _stored_setup(folder, teacher, data, trust):
     try: m = read_manifest(folder, trust); s, spec = m['settings'], trusted_spec(m, folder, data, trust)
     except InputError as e: raise InputError(f"{folder/'manifest.json'}: {e}") from None
     recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
-    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s.get('taps'), s.get('teacher_stats'))
+    setup = Setup(recipe, spec, s['student'], (teacher,), s['method'], s['seed'], s.get('taps'), s.get('teacher_stats'),
+                  channels_last=s.get('channels_last', False))
     return setup, s.get('teacher_hash')
 
 # %% ../nbs/24_run.ipynb #9fc5c8de

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .files import InputError
+from .precision import PRECISIONS, slow_precision
 from .methods import Method, parse_method
 from .weights import state_hash
 from .recipes import Recipe, get_recipe
@@ -39,8 +40,9 @@ class Setup:
     taps:list|None=None # What to compare; the method's own choice by default
     teacher_stats:object=None # Normalisation that the teacher wants; as published weights, or the data, by default
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
-    channels_last:bool=False # Keep maps and kernels with the channels last
+    channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding
 
     def __post_init__(self): self._check()
 
@@ -53,9 +55,12 @@ def _check(self:Setup):
     if method.name != 'alone' and not teachers:
         raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors.")
     if len(teachers) > 1: raise InputError(f"a run learns from one teacher, got {len(teachers)}.")
-    if self.precision not in ('float32', 'bf16', 'fp16'):
-        raise InputError(f"amp must be 'bf16', 'fp16' or None, got {self.precision!r}.")
-    for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers).items():
+    precision = self.precision or 'float32'
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
+    if self.teacher_engine not in ('auto', 'plain'):
+        raise InputError(f"teacher_engine must be 'auto' or 'plain', got {self.teacher_engine!r}.")
+    for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
         object.__setattr__(self, name, value)
 
 # %% ../nbs/23_setup.ipynb #165c46e8
@@ -81,6 +86,15 @@ def choose_device(
 ) -> torch.device:
     "The device that was asked for; without a wish the GPU if there is one"
     return torch.device(asked or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+# %% ../nbs/23_setup.ipynb #d3725d70
+@patch
+def warning(self:Setup,
+    device # Where the run will be
+) -> str: # '' where there is nothing to say; `InputError` for what cannot train there
+    "What should be known about the precision on a device"
+    try: return slow_precision(self.precision, device)
+    except ValueError as e: raise InputError(str(e)) from None
 
 # %% ../nbs/23_setup.ipynb #41bfcbc0
 @dataclass(frozen=True)
@@ -117,7 +131,16 @@ def from_dict(cls:Job, d:dict) -> Job:
     return cls(**d)
 
 # %% ../nbs/23_setup.ipynb #0ff6c743
-_CALLED = dict(amp='precision', num_workers='workers') # Keyword of `run` to field
+_CALLED = dict(num_workers='workers') # Keyword of `run` to field
+
+def _one_precision(options):
+    "`amp` is an older name of `precision`"
+    rest = {k: v for k,v in options.items() if k != 'amp'}
+    amp, precision = options.get('amp'), options.get('precision')
+    if amp is not None and precision not in (None, amp):
+        raise InputError(f"precision={precision!r} and amp={amp!r} contradict each other: leave amp out.")
+    return rest if amp is None else {**rest, 'precision': amp}
+
 _OWN = ('recipe', 'data', 'student', 'teachers', 'method', 'seed', 'out', 'threads', 'progress') # A comparison's own
 
 def split_options(
@@ -125,7 +148,8 @@ def split_options(
 ) -> tuple: # Fields of a `Setup`, fields of a `Job`; `TypeError` for an unknown one
     "Which keywords decide the outcome and which do not"
     names = [[f.name for f in fields(c) if f.name not in _OWN] for c in (Setup, Job)]
-    given = {_CALLED.get(k, k): v for k,v in options.items() if not (k == 'amp' and v is None)}
+    options = _one_precision(options)
+    given = {_CALLED.get(k, k): v for k,v in options.items()}
     said = {v: k for k,v in _CALLED.items()}
     if unknown := [k for k in given if k not in names[0] + names[1]]:
         known = ', '.join(said.get(n, n) for n in names[0] + names[1])
@@ -221,6 +245,7 @@ def settings(self:Opened) -> dict: # As in a manifest
         precision=s.precision, seed=s.seed)
     if s.channels_last: found['channels_last'] = True
     if s.graph: found['graph'] = True
+    if s.teacher_engine != 'plain': found['teacher_engine'] = s.teacher_engine
     if self.task.name != 'classification': found['task'] = self.task.name
     return json.loads(json.dumps(found))
 

@@ -322,8 +322,8 @@ def train(out, **kw):
     return run(get_recipe('tiny').scaled(1), 'digits', None, 'small:4', 'alone', 0, out, progress=False, **kw)
 
 
-def test_channels_last_is_a_setting_of_a_run(tmp_path):
-    a, b = train(tmp_path/'a'), train(tmp_path/'b', channels_last=True)
+def test_channels_last_is_the_layout_of_a_run_and_on_record(tmp_path):
+    a, b = train(tmp_path/'a', channels_last=False), train(tmp_path/'b')
     assert b['settings']['channels_last'] is True and 'channels_last' not in a['settings']
     assert a['result']['valid_loss'] == pytest.approx(b['result']['valid_loss'], rel=1e-3)
 

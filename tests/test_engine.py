@@ -1,0 +1,99 @@
+"A folded teacher answers as the teacher does, and the teacher stays what it was"
+import pytest, torch
+from torch import nn
+from diffkd_nb import callback
+from diffkd_nb.callback import DistillCallback
+from diffkd_nb.distillation import Distillation
+from diffkd_nb.engine import make_engine
+from diffkd_nb.taps import Capture, plan_taps
+from pairs import *
+
+
+def lively(model):
+    "Statistics and weights of BatchNorms that folding must get right"
+    g = torch.Generator().manual_seed(1)
+    for m in model.modules():
+        if not isinstance(m, nn.BatchNorm2d): continue
+        for t, low, high in ((m.running_mean, -.3, .3), (m.running_var, .5, 2), (m.weight.data, .5, 1.5), (m.bias.data, -.3, .3)):
+            t.copy_(low + (high - low)*torch.rand(t.shape, generator=g))
+    return model
+
+
+@pytest.mark.parametrize('name', list(PAIRS))
+def test_maps_are_equal_to_rounding(name):
+    student, teacher, size = PAIRS[name]
+    student, teacher, x = student(), lively(teacher()).eval(), torch.randn(4, 3, size, size)
+    places = {t.name: t.teacher for t in plan_taps(student, teacher, x[:2])}
+    engine, why = make_engine(teacher, places, [x])
+    if engine is None:
+        assert why == 'no BatchNorm can be folded' and not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules())
+        return
+    with torch.no_grad(), Capture(teacher, places) as c:
+        teacher(x)
+        want = c.maps()
+    for n, got in engine(x).items(): assert (got - want[n]).abs().max() <= 1e-5*want[n].abs().max()
+
+
+def test_in_bf16_within_the_rounding_of_a_layer_a_layer():
+    "2^-8 is the rounding of one bfloat16 number; twenty layers round twenty times"
+    student, teacher, size = PAIRS['resnet18<-resnet34']
+    student, teacher, x = student(), lively(teacher()).eval(), torch.randn(4, 3, size, size)
+    places = {t.name: t.teacher for t in plan_taps(student, teacher, x[:2])}
+    engine, _ = make_engine(teacher, places, [x])
+    exact = engine(x)
+    with torch.autocast('cpu', torch.bfloat16): half = engine(x)
+    for n, z in exact.items(): assert (half[n].float() - z).norm() <= 36*2**-8*z.norm()
+
+
+def test_a_tapped_convolution_keeps_its_own_output():
+    teacher, student, x = lively(sequential(20)).eval(), sequential(6), torch.randn(4, 3, 32, 32)
+    places = {t.name: t.teacher for t in plan_taps(student, teacher, x[:2], taps=[('0', '0'), ('3', '4')])}
+    engine, _ = make_engine(teacher, places, [x])
+    with torch.no_grad(): want = [teacher[0](x), teacher[:5](x)]
+    for got, w in zip(engine(x).values(), want): torch.testing.assert_close(got, w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_with_hooks_answers_itself():
+    teacher = sequential(20).eval()
+    teacher[0].register_forward_hook(lambda *a: None)
+    kd = Distillation(sequential(6), teacher, 'kd', xb=torch.randn(2, 3, 32, 32), teacher_engine='auto')
+    with kd: kd.teacher_maps(torch.randn(2, 3, 32, 32))
+    assert kd.engine_note == 'plain, since the teacher has hooks'
+
+
+def fit(engine, steps, monkeypatch, verbose=False):
+    monkeypatch.setattr(callback, 'ENGINE_STEPS', steps)
+    set_seed(0)
+    student, teacher = sequential(6), lively(sequential(20))
+    before = snapshot(teacher)
+    learn = make_learner(student, cbs=DistillCallback(teacher, 'diffkd', verbose=verbose, seed=1, teacher_engine=engine), lr=1e-3)
+    with quiet(learn): learn.fit(2)
+    same(before, snapshot(teacher))
+    return learn
+
+
+def test_only_a_long_fit_folds(monkeypatch, capsys):
+    "And trains the same student, to rounding"
+    plain, short, long = (fit(*a, monkeypatch, verbose=True) for a in (('plain', 1), ('auto', 7), ('auto', 6)))
+    said = capsys.readouterr().out
+    assert 'teacher engine: plain, 6 steps (7 or more pay)' in said and 'teacher engine: folded, 6 steps' in said
+    assert [l.distill.kd.engine_note for l in (plain, short, long)] == ['plain', 'plain', 'folded'] and long.distill.kd.engine is None
+    a, b, c = (l.model.state_dict() for l in (plain, short, long))
+    for k in a:
+        assert torch.equal(a[k], b[k])
+        torch.testing.assert_close(a[k], c[k], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_has_its_engine_on_record(tmp_path, monkeypatch):
+    from diffkd_nb.experiment import run
+    from diffkd_nb.recipes import get_recipe
+    monkeypatch.setattr(callback, 'ENGINE_STEPS', 1)
+    recipe = get_recipe('tiny').replace(epochs=1)
+    go = lambda teacher, method, out, **kw: run(recipe, 'digits', teacher, 'small:4', method, 0, tmp_path/out, progress=False, **kw)
+    go(None, 'alone', 't')
+    teacher = f"small:4@{tmp_path/'t'/'student.safetensors'}"
+    plain, auto = go(teacher, 'kd', 'p'), go(teacher, 'kd', 'a', teacher_engine='auto')
+    assert 'teacher_engine' not in plain['settings'] and 'teacher_engine' not in plain['cost']
+    assert auto['settings']['teacher_engine'] == 'auto' and auto['cost']['teacher_engine'] == 'folded'
+    assert auto['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], rel=1e-3)
+    with pytest.raises(ValueError, match="teacher_engine must be 'auto' or 'plain', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
