@@ -4,6 +4,9 @@ PYTHON    ?= python3
 WORKERS   ?= 2
 ARGS      ?=
 FLAGS     ?=
+QUESTION  ?= 1
+DATA      ?=
+TEACHER   ?=
 NB        ?=
 PIP_FLAGS ?=
 
@@ -12,11 +15,12 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SITE  := _docs_offline
 
-.PHONY: help install demo test test-slow check-export test-notebooks test-pytest readme docs notebooks run clean
+.PHONY: help install demo study test test-slow check-export test-notebooks test-pytest readme docs notebooks run clean
 
 help:
 	@echo "make install           virtual environment in $(VENV), package and tools (PYTHON=, PIP_FLAGS=)"
 	@echo "make demo              the demo (ARGS=\"--help\" lists its options)"
+	@echo "make study QUESTION=1  a question of the study (DATA=folder, TEACHER=file, ARGS=--show)"
 	@echo "make test              export check, then notebooks and tests, in WORKERS=2 processes"
 	@echo "make test-slow         the same with what is marked slow"
 	@echo "make test-notebooks    the notebooks alone, by nbdev-test"
@@ -38,6 +42,11 @@ $(STAMP): setup.py settings.ini pyproject.toml
 
 demo: install
 	MPLBACKEND=Agg $(BIN)/diffkd_demo $(ARGS)
+
+# Runs go on where they stopped. ARGS="--jobs 2 --minutes 60", or ARGS=--show to train nothing.
+study: install
+	$(BIN)/diffkd_study "$(QUESTION)" --out "results/study/$(QUESTION)" $(if $(DATA),--data "$(DATA)") \
+	  $(if $(TEACHER),--teacher "$(TEACHER)") $(ARGS)
 
 test: install
 	@$(MAKE) --no-print-directory check-export

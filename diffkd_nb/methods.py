@@ -76,6 +76,11 @@ def _wanted(tap, default_taps):
     "Whether a method that asks for `default_taps` means this one: `'stages'` are the taps 'stage1', 'stage2', ..."
     return any(tap.name == d or d in ('stages', 'exits') and tap.name.startswith(d[:-1]) for d in default_taps)
 
+def _split_taps(options):
+    "The taps that a part asks for, None for its default, and its other options"
+    found = options.get('taps')
+    return [found] if isinstance(found, str) else found, {k: v for k,v in options.items() if k != 'taps'}
+
 # %% ../nbs/07a_methods.ipynb #48a16b68
 class Together(Distiller):
     "Several methods, their losses side by side; see `together`"
@@ -89,9 +94,10 @@ class Together(Distiller):
         self.check_options(options)
         self.methods = nn.ModuleDict()
         for name in self.parts:
-            cls = METHODS[name]
-            own = [t for t in plan if _wanted(t, cls.default_taps)] or list(plan)
-            self.methods[name] = cls(own, **context.of(cls), **options.get(name, {}))
+            cls, (asked, given) = METHODS[name], _split_taps(options.get(name, {}))
+            own = [t for t in plan if _wanted(t, asked or cls.default_taps)]
+            if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
+            self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
         self.loss_names = tuple(f'{n}.{l}' for n,m in self.methods.items() for l in m.loss_names)
         self.stat_names = tuple(s for m in self.methods.values() for s in m.stat_names)
 
@@ -106,7 +112,7 @@ def check_options(cls:Together,
     if wrong:
         raise TypeError(f"{'+'.join(cls.parts)} takes the options of a part as a dict under its name ({how}), "
                         f"got {wrong}.")
-    for p,own in options.items(): check_options(METHODS[p], own)
+    for p,own in options.items(): check_options(METHODS[p], _split_taps(own)[1])
 
 # %% ../nbs/07a_methods.ipynb #b628ada4
 @patch
@@ -184,8 +190,6 @@ def parse(cls:Method,
     if len(parts) == 1: return parts[0]
     if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts):
         raise InputError(f"method {text!r}: join different methods, each once.")
-    if any('taps' in p.options for p in parts):
-        raise InputError(f"method {text!r}: taps belongs to a single method; joined methods take those of the run.")
     options = {p.name: p.options for p in parts if p.options}
     return Method('+'.join(p.name for p in parts), options, math.prod(p.task_weight for p in parts))
 
@@ -214,7 +218,10 @@ def taps(self:Method,
     "What the method compares"
     if self.name == 'alone': return []
     found = self.options.get('taps', asked)
-    if found is None: found = get_method(self.name).default_taps
+    if found is None:
+        own = [self.options] if self.name in METHODS else [self.options.get(n, {}) for n in self.name.split('+')]
+        found = [_split_taps(o)[0] or METHODS[n].default_taps for n,o in zip(self.name.split('+'), own)]
+        found = list(dict.fromkeys(t for ts in found for t in ts))
     return [found] if isinstance(found, str) else list(found)
 
 @patch

@@ -7,10 +7,11 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/statistics.html.md"""
 # %% ../nbs/25_statistics.ipynb #e9869ce9
 from __future__ import annotations
 import numpy as np
+import pandas as pd
 from scipy.stats import ttest_1samp, ttest_rel
 
 # %% auto #0
-__all__ = ['interval', 'paired_test', 'holm', 'verdict_word']
+__all__ = ['interval', 'paired_test', 'holm', 'verdict_word', 'contrasts']
 
 # %% ../nbs/25_statistics.ipynb #dbd8ae05
 def interval(
@@ -52,3 +53,21 @@ def verdict_word(
     "A difference in words"
     if np.isnan(p): return 'one seed'
     return 'not distinguishable' if p > level else 'better' if difference > 0 else 'worse'
+
+# %% ../nbs/25_statistics.ipynb #f4012b3f
+def contrasts(
+    values:dict, # Name to a series of one value per seed
+    differences, # Pairs of names, first minus second
+    level:float=.95 # Confidence that all intervals hold
+) -> pd.DataFrame: # A row per difference: mean, low, high, n, p, p (Holm), verdict
+    "Paired differences, tested together; seeds that one of two lacks are left out"
+    rows, none = [], pd.Series(dtype=float)
+    for a,b in differences:
+        both = pd.concat([values.get(a, none), values.get(b, none)], axis=1, join='inner').to_numpy(float)
+        d, _, _, p = paired_test(*both.T)
+        low, high = interval(both[:, 0] - both[:, 1], 1 - (1-level)/len(differences))
+        rows.append(dict(zip(('pair', 'difference', 'low', 'high', 'n', 'p'), (f'{a} - {b}', d, low, high, len(both), p))))
+    found = pd.DataFrame(rows).set_index('pair')
+    found['p (Holm)'] = holm(found.p)
+    found['verdict'] = ['not run' if not r.n else verdict_word(r.difference, r['p (Holm)']) for _,r in found.iterrows()]
+    return found
