@@ -60,6 +60,7 @@ setup(
     install_requires=cfg['requirements'].split(),
     package_data={name: ['published.csv']},
     extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split(),
+                    'text': cfg['text_requirements'].split(),
                     'distributed': cfg['distributed_requirements'].split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -27,6 +27,7 @@ from .models import *
 from .weights import *
 from .recipes import *
 from .published import *
+from .text import *
 from .plots import *
 from .teacher_cache import *
 from .fast import *

@@ -249,7 +249,10 @@ RECIPES = {r.name: r for r in ( # Recipes by name
            augmentation=('crop:bicubic', 'flip', _RAND, 'random_erasing:0.25', 'color_jitter:0.4'),
            mixup=.8, cutmix=1., warmup=20., clip=5., drop_path=.2),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
-    Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()))}
+    Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()),
+    Recipe('text', 'sentences', 10, 64, 4e-3, 'adam', schedule=OneCycle(), augmentation=(), clip=1.),
+    Recipe('tune', 'sentences, a transformer', 3, 32, 5e-5, 'adamw', weight_decay=.01, schedule=OneCycle(up=.1),
+           augmentation=(), clip=1.))}
 
 def get_recipe(
     name:str # A key of `RECIPES`

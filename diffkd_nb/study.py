@@ -15,7 +15,7 @@ from .commands import add_fields, at_least, guarded
 from .comparison import Comparison, compare
 from .files import InputError
 from .methods import parse_method
-from .recipes import OneCycle, Recipe
+from .recipes import OneCycle, Recipe, get_recipe
 from .statistics import contrasts
 
 # %% auto #0
@@ -35,7 +35,8 @@ class Setting:
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
-    'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.)}
+    'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
+    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.)}
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Question:
     differences:tuple # Pairs of short names, first minus second, tested together
     seeds:tuple # Used for this question alone
 
+# %% ../nbs/32_study.ipynb #3460b4e7
+_IDENTITY = 'denoiser=identity'
+_TEXT = { # Variants of the question about sentences
+    'alone': 'alone', 'KD': 'kd', 'DIST': 'dist', 'DKD': 'dkd', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}',
+    'logits': 'diffkd:taps=logits', 'logits identity': f'diffkd:{_IDENTITY},taps=logits',
+    'feature': 'diffkd:taps=feature', 'feature identity': f'diffkd:{_IDENTITY},taps=feature',
+    'KD + DiffKD': 'kd+diffkd:taps=feature',
+    'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature'}
+
 # %% ../nbs/32_study.ipynb #3433b7c9
 QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('1', 'Does the denoiser add anything, alone or on top of KD?', 'S1', {
@@ -55,7 +65,11 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'plain': 'diffkd:denoiser=identity,adapter=False', 'KD + DiffKD': 'kd+diffkd:taps=feature',
         'KD + identity': 'kd+diffkd:denoiser=identity,taps=feature'},
         (('DiffKD', 'identity'), ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'alone'),
-         ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108))),)}
+         ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108))),
+    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT,
+        (('DiffKD', 'identity'), ('logits', 'logits identity'), ('feature', 'feature identity'),
+         ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'KD'), ('DiffKD', 'alone'),
+         ('DiffKD', 'DIST')), tuple(range(200, 210))),)}
 
 def get_question(
     key:str # A key of `QUESTIONS`
@@ -93,7 +107,8 @@ def cost_text(
     "What is left, in words"
     done, left, hours = cost.done.sum(), cost.left.sum(), cost.hours.sum()
     if not left: return f'all {done} runs are on record'
-    return f'{done} of {done+left} runs on record; the rest takes about {hours:.1f} core hours, {hours/jobs:.1f} hours here'
+    takes = f'{hours:.1f} core hours, {hours/jobs:.1f} hours here'
+    return f'{done} of {done+left} runs on record; the rest takes about {takes}'
 
 # %% ../nbs/32_study.ipynb #950ccbb0
 @patch
@@ -130,6 +145,7 @@ def study(
     out:Path, # Folder of the study; made if missing
     jobs:int=1, # Runs at a time, one thread each
     minutes:float|None=None, # Stop after so long
+    cache:Path|None=None, # Folder for the teacher's outputs, see `TeacherCache`
     seeds:tuple|None=None, # Only these of the question's seeds
     progress:bool=True # Show progress
 ) -> Comparison:
@@ -141,7 +157,7 @@ def study(
                          "evidence.")
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
     return _runs(q, s, f'{s.kind}:{data}' if data else s.kind, f'{s.teacher}@{teacher}', out, asked,
-                 dict(jobs=jobs, threads=1, minutes=minutes, progress=progress))
+                 dict(jobs=jobs, threads=1, minutes=minutes, cache=cache, progress=progress))
 
 def _runs(q, s, data, teacher, out, seeds, how):
     "The comparison, all seeds in the grid; students of the first seed are kept"
@@ -158,11 +174,13 @@ def main(
 ) -> int: # Exit status
     "The command `diffkd_study`"
     import argparse
-    p = argparse.ArgumentParser('diffkd_study', description='Train what a question of the study still needs, and answer it.')
+    says = 'Train what a question of the study still needs, and answer it.'
+    p = argparse.ArgumentParser('diffkd_study', description=says)
     p.add_argument('question', choices=list(QUESTIONS), help='; '.join(f'{k}: {q.asks}' for k,q in QUESTIONS.items()))
     p.add_argument('--data', type=Path, help='folder of the data')
     p.add_argument('--teacher', type=Path, help="the teacher's weights")
     p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, one thread each (default: 1)')
+    add_fields(p, 'cache')
     p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
     p.add_argument('--show', action='store_true', help='train nothing, print what is on record')
     add_fields(p, 'out', required=True); p._actions[-1].help = 'folder of the study; made if missing'
@@ -173,7 +191,7 @@ def main(
 def _main(a):
     "Train, then print variants and answer"
     q = get_question(a.question)
-    result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes)
+    result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache)
     if result is None and not a.out.is_dir(): raise InputError(f"{a.out} is not a folder: expected one of a study.")
     print(f'\n{q.asks}\n{cost_text(q.cost(a.out))}\n')
     if not q.cost(a.out).done.sum(): return 0

@@ -8,6 +8,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/tasks.html.md"""
 from __future__ import annotations
 from .files import InputError
 from .task import Classification, Task
+from .text import TextClassification
 
 # %% auto #0
 __all__ = ['TASKS', 'get_task', 'task_of', 'open_data']
@@ -15,6 +16,7 @@ __all__ = ['TASKS', 'get_task', 'task_of', 'open_data']
 # %% ../nbs/17_tasks.ipynb #720e45ae
 TASKS = {t.name: t for t in ( # Tasks by name
     Classification(),
+    TextClassification(),
 )}
 
 # %% ../nbs/17_tasks.ipynb #3767ec26

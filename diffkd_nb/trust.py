@@ -72,7 +72,8 @@ def _spec(v):
     asked = dict(re.findall(r'(\w+)=(\d+)', v.partition('?')[2])) if _text(v, 5000) else {'size': '9'*9}
     return _small_numbers(asked.get('size', ''), MOST['size'])
 
-def _student(v): return _text(v) and (not v.startswith('small:') or _small_numbers(v, MOST['width']))
+_SIZED = ('small:', 'bigru:', 'textcnn:') # Names of models that end in a width
+def _student(v): return _text(v) and (not v.startswith(_SIZED) or _small_numbers(v, MOST['width']))
 
 # %% ../nbs/23b_trust.ipynb #251800f7
 def _options(found):

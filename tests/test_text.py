@@ -1,0 +1,120 @@
+"""Sentences from data to a verified comparison: trained, killed and resumed, with a cache, with a transformer as teacher and as student."""
+import json, random
+import pandas as pd, pytest, torch
+import workers
+from diffkd_nb.comparison import compare
+from diffkd_nb.files import InputError
+from diffkd_nb.recipes import get_recipe
+from diffkd_nb.run import Checkpoint, evaluate, run
+from diffkd_nb.tasks import open_data, task_of
+from diffkd_nb.text import text_model
+from diffkd_nb.verify import verify
+from diffkd_nb.weights import load_weights
+
+RECIPE = get_recipe('text').replace(epochs=3, batch_size=20)
+
+
+def sentences(n, seed):
+    "Which animal comes first? Made up"
+    rng = random.Random(seed)
+    for _ in range(n):
+        words, (i, j) = [rng.choice('red green blue small'.split()) for _ in range(rng.randint(2, 5))], sorted(rng.sample(range(4), 2))
+        first, second = ('cat', 'dog') if rng.random() < .5 else ('dog', 'cat')
+        words.insert(i, first); words.insert(j, second)
+        yield ' '.join(['The', *words]), first
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    f = tmp_path_factory.mktemp('text')/'animals.csv'
+    pd.DataFrame(sentences(250, 0), columns=['text', 'label']).to_csv(f, index=False)
+    return f'csv:{f}'
+
+
+@pytest.fixture(scope='module')
+def teacher(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('teacher')
+    m = run(RECIPE.replace(epochs=12), data, None, 'bigru:16', 'alone', 0, out, progress=False)
+    assert m['result']['accuracy'] > .9 and m['settings']['task'] == 'text'
+    return f"bigru:16@{out/'student.safetensors'}"
+
+
+@pytest.fixture(scope='module')
+def bert(data, tmp_path_factory):
+    "A tiny transformer with random weights and a tokenizer of words, in a folder as transformers write it"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    folder, words = tmp_path_factory.mktemp('bert'), '[PAD] [UNK] the cat dog red green blue sma ##ll'.split()
+    t = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[PAD]', unk_token='[UNK]').save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('method', ['diffkd', 'kd+diffkd:taps=feature', 'diffkd:denoiser=identity,taps=feature', 'dist'])
+def test_methods_train(data, teacher, method, tmp_path):
+    m = run(RECIPE, data, teacher, 'textcnn:4', method, 0, tmp_path, progress=False)
+    log = pd.read_csv(tmp_path/'log.csv')
+    assert log.train_loss.iloc[-1] < log.train_loss.iloc[0]
+    assert [t['student_shape'] for t in m['taps'] if t['kind'] == 'feature'] == [[12, 1, 1]]*('feature' in method or method == 'diffkd')
+
+
+def test_killed_and_resumed(data, teacher, tmp_path, monkeypatch):
+    args = RECIPE, data, teacher, 'bigru:4', 'diffkd', 1
+    whole, real = run(*args, tmp_path/'whole', progress=False), Checkpoint.after_epoch
+    def stop(self):
+        real(self)
+        if self.epoch == 1: raise RuntimeError('stopped here')
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, 'after_epoch', stop)
+        with pytest.raises(RuntimeError, match='stopped here'): run(*args, tmp_path/'cut', progress=False)
+    again = run(*args, tmp_path/'cut', progress=False)
+    assert again['student_hash'] == whole['student_hash'] and again['cost']['resumed_at_epoch'] == 2
+
+
+def test_cache_gives_the_same_student(data, teacher, tmp_path):
+    args = RECIPE, data, teacher, 'bigru:4', 'kd', 0
+    plain = run(*args, tmp_path/'plain', progress=False)
+    first, second = (run(*args, tmp_path/n, cache=tmp_path/'cache', progress=False) for n in ('first', 'second'))
+    assert first['student_hash'] == second['student_hash']
+    assert first['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], abs=1e-4)     # other batches, other rounding
+    assert any((tmp_path/'cache').rglob('records'))
+
+
+def test_transformer_teaches_and_learns(data, bert, tmp_path):
+    name = f'hf:{bert}'
+    run('tune', data, None, name, 'alone', 0, tmp_path/'t', progress=False)
+    m = run(RECIPE.replace(epochs=1), data, f"{name}@{tmp_path/'t'/'student.safetensors'}", 'bigru:4', 'diffkd', 0, tmp_path/'s', progress=False)
+    assert [t['teacher_shape'] for t in m['taps']] == [[16, 1, 1], [2, 1, 1]]
+    opened = open_data(data); model = load_weights(text_model(name, opened), tmp_path/'t'/'student.safetensors').eval()
+    rows = opened.words.rows(opened.xv[:4])
+    with torch.no_grad(): alone, padded = model(rows[:1, :(rows[0] != 0).sum()]), model(torch.nn.functional.pad(rows, (0, 3)))[:1]
+    assert torch.allclose(alone, padded, atol=1e-5)
+    pieces, there = model.pieces(rows[:1])
+    assert model.tokenizer.convert_ids_to_tokens(pieces[0][there[0]].tolist())[0] == '[UNK]'        # 'The': its vocabulary has small letters only
+
+
+def test_compares_and_verifies(data, teacher, tmp_path):
+    c = compare([(teacher, 'bigru:4')], ['alone', 'kd'], 2, RECIPE, data, tmp_path, executor='here', threads=1, progress=False)
+    assert not c.failed and c.task.name == 'text' and list(c.table().n) == [2, 2]
+    report = verify(tmp_path, data=data, teacher=teacher.partition('@')[2])
+    assert report and 'the student gives the accuracy of the manifest' in {k.what for k in report}, str(report)
+    f = next(tmp_path.rglob('manifest.json')); m = json.loads(f.read_text()); m['result']['accuracy'] += .1; f.write_text(json.dumps(m))
+    assert not verify(tmp_path, data=data)
+
+
+def test_the_command_trains_on_a_table(data, tmp_path):
+    r = workers.command('diffkd_nb.commands:train_main', '--data', data, '--recipe', 'text', '--epochs', '1', '--batch-size', '20', '--student', 'bigru:4',
+                        '--method', 'alone', '--out', tmp_path/'o')
+    assert r.returncode == 0 and 'bigru:4, alone, seed 0' in r.stdout, r.stderr
+    assert task_of(json.loads((tmp_path/'o'/'manifest.json').read_text())['settings']).name == 'text'
+    assert evaluate(load_weights(text_model('bigru:4', open_data(data)), tmp_path/'o'/'student.safetensors'), data)[0] > .3
+
+
+def test_bad_names_are_one_error(data, teacher, tmp_path):
+    for student,says in (('bigru:x', 'bigru:N'), ('resnet20', 'no model of sentences'), (f'hf:{tmp_path}/nothing', 'no folder of transformers')):
+        with pytest.raises(InputError, match=says): run(RECIPE, data, None, student, 'alone', 0, tmp_path/'o', progress=False)
+    with pytest.raises(InputError, match='no augmentation'): run('small', data, None, 'bigru', 'alone', 0, tmp_path/'p', progress=False)
+    with pytest.raises(InputError, match='teacher_stats'): run(RECIPE, data, teacher, 'bigru', 'kd', 0, tmp_path/'q', teacher_stats='imagenet', progress=False)
+    assert not [f for f in tmp_path.rglob('*') if f.is_file() and f.name != '.lock']
