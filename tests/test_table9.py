@@ -1,8 +1,9 @@
 """`bench/table9.py` on a made-up CIFAR-100: it goes on where it stands, and it decides the rates by its rule."""
-import importlib.util, json, subprocess, sys
+import importlib.util, json
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
+import workers
 from diffkd_nb.data import open_data
 from diffkd_nb.experiment import Comparison, evaluate, verify
 from diffkd_nb.models import make_model
@@ -24,8 +25,8 @@ def cifar(tmp_path_factory):
 
 
 def call(cifar, tmp, *args):
-    return subprocess.run([sys.executable, '-W', 'ignore', str(HERE/'bench'/'table9.py'), '--data', f'cifar100:{cifar}', '--out', str(tmp/'out'), '--teachers', str(tmp/'teachers'), '--device', 'cpu', '--threads', '1',
-                           '--epochs', '1', '--seeds', '1', '--pairs', 'resnet56-resnet20', *args], capture_output=True, text=True, timeout=400)
+    return workers.file(HERE/'bench'/'table9.py', '--data', f'cifar100:{cifar}', '--out', tmp/'out', '--teachers', tmp/'teachers', '--device', 'cpu',
+                        '--threads', '1', '--epochs', '1', '--seeds', '1', '--pairs', 'resnet56-resnet20', *args)
 
 
 def test_it_goes_on_where_it_stands(cifar, tmp_path):

@@ -3,7 +3,7 @@
 They are forked from multiprocessing's fork server, which has imported everything once and has done nothing else; where there is
 no fork, they are spawned. Each has an environment, a folder, a standard output and a standard error of its own, and ends with an
 exit status or by a signal, as a program does. What needs a program started from nothing says so where it stands."""
-import atexit, importlib, multiprocessing, os, re, subprocess, sys, tempfile, time
+import atexit, importlib, multiprocessing, os, re, runpy, subprocess, sys, tempfile, time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -60,6 +60,12 @@ def run_command(main, argv):
     module, name = main.split(':')
     sys.argv = [name, *argv]
     return getattr(importlib.import_module(module), name)()
+
+
+def run_file(path, argv):
+    "Run a script as `python path argv` does"
+    sys.argv = [str(path), *argv]
+    runpy.run_path(str(path), run_name='__main__')
 
 
 class Worker:
@@ -119,6 +125,11 @@ class Worker:
 def start_command(main, *argv, **kw):
     "Start what a command does: `main` names its function, such as 'diffkd_nb.commands:train_main'"
     return Worker(run_command, main, [str(a) for a in argv], **kw)
+
+
+def file(path, *argv, timeout=300, **kw):
+    "Run a script to its end"
+    return finished(Worker(run_file, str(path), [str(a) for a in argv], **kw), timeout)
 
 
 def start_torchrun(n, target, *args, **kw):
