@@ -183,10 +183,9 @@ class Distillation:
         self.student,self.teacher = unwrap(student),teacher
         self.asked_taps,self.seed,self.teacher_transform,self.cache = taps,seed,teacher_transform,cache
         self.context,self.tally,self.observers = context,Tally(),[]
-        self.plan = self.distiller = self.generator = None
-        self.draws,self._lent,self._recording = Draws(),None,False
+        self.plan = self.distiller = self.generator = self.made_of = None
+        self.draws,self._lent,self._recording,self.writes_inputs = Draws(),None,False,False
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
-        self.writes_inputs,self.made_of = False,None
         self.waiting = None         # a state that was loaded before there was a plan
         self.same_data = None       # tells whether the data are those of the memory
         self.teacher_engine,self.engine,self.engine_note,self._may_fold = teacher_engine,None,'plain',False
