@@ -39,9 +39,7 @@ def learner(teacher, student, method, data, a, fast):
     clock, (t, s) = Clock(a.device), (make_model(NAMES.get(n, n), 1000, 3, a.size).to(a.device, **layout) for n in (teacher, student))
     graph = [CudaGraphStep(verbose=False)] if fast and cuda and not a.plain else []
     cbs = [clock, *([DistillCallback(t, method, verbose=False, inputs=torch.zeros(2, 3, a.size, a.size))] if method != 'alone' else []), *graph]
-    dls = array_dls(data, a.batch, (), device=a.device)
-    dls.train.ahead = 1         # of images this size 32 normalised batches fill a card
-    learn = Learner(dls, s, lr=1e-4, loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), cbs=cbs)
+    learn = Learner(array_dls(data, a.batch, (), device=a.device), s, lr=1e-4, loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), cbs=cbs)
     if fast and method != 'alone': learn.distill.distiller.to(**layout)
     if fast and cuda: learn.to_bf16()
     def train():
