@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What waits for a GPU, for one that is lent for half an hour: three calls of nine minutes, the most important first.
 #
-#   bench/gpu.sh [--rehearse [--slower 6]] [--device cuda] [--minutes 9] [--steps tests times study imagenette cells] [--python PYTHON]
+#   bench/gpu.sh [--rehearse [--slower 6]] [--device cuda] [--minutes 9] [--steps tests times study imagenette cells variants] [--python PYTHON]
 #                [--wheels DIR] [--results DIR] [--archive FILE]
 #
 # --rehearse runs the same commands with tiny sizes and writes to a scratch folder, on the CPU or on the --device that is named. It has
 #            six times the seconds, since a machine without a GPU may be slow; `--slower 1` keeps the plan's.
 # --steps    which, in this order (seconds of a call at most, of all calls in brackets):
-#            tests 180, times 240, study 480 (720), imagenette 240 (300), cells 60; also table9, which is not for half an hour
+#            tests 180, times 240, study 480 (720), imagenette 240 (300), cells 60, variants 120; also table9, not for half an hour
 # --wheels   install these for this call, without dependencies: what bench/wheels.txt names, where a machine has PyTorch and no fastai
 # --results  where results stand (results and teachers by default). For another folder, what those hold is copied there first.
 # --archive  pack what is there, without checkpoints, into one .tar.gz, after every step and once a minute: to be unpacked over
@@ -22,7 +22,7 @@
 # CIFAR-100 may be too large to be sent at once: tests and times need no data, so a first call goes without it.
 set -u
 cd "$(dirname "$0")/.."
-minutes=9 python=python3 device= results=results teachers=teachers rehearse= archive= wheels= slower= steps='tests times study imagenette cells'
+minutes=9 python=python3 device= results=results teachers=teachers rehearse= archive= wheels= slower= steps='tests times study imagenette cells variants'
 usage() { echo "usage: bench/gpu.sh [--rehearse] [--slower N] [--device DEVICE] [--minutes N] [--steps STEP ...] [--python PYTHON] [--wheels DIR] [--results DIR] [--archive FILE]" >&2; exit 2; }
 while [ $# -gt 0 ]; do case "$1" in
   --rehearse) rehearse=1;;
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do case "$1" in
   --device|--slower|--minutes|--python|--wheels|--results|--archive) [ $# -gt 1 ] || usage; printf -v "${1#--}" %s "$2"; shift;;
   *) usage;;
 esac; shift; done
-for s in $steps; do case " tests times study imagenette cells table9 " in *" $s "*) ;; *) echo "there is no step named $s" >&2; usage;; esac; done
+for s in $steps; do case " tests times study imagenette cells variants table9 " in *" $s "*) ;; *) echo "there is no step named $s" >&2; usage;; esac; done
 [ -n "$device" ] || { [ -n "$rehearse" ] && device=cpu || device=cuda; }
 if [ -n "$rehearse" ]; then [ "$results" != results ] || results=$(mktemp -d); teachers=$results/teachers
 elif [ "$results" != results ]; then
@@ -143,6 +143,11 @@ do_imagenette() { # table 2 in small
 }
 do_cells() { # the notebook cells that need a GPU
   step 60 cells.txt "$python" bench/cells.py nbs/09_callback.ipynb nbs/21_fast.ipynb --flags $flags --out "$out/cells.txt"
+}
+do_variants() { # the same steps in TF32, and with a compiled distiller
+  local few=(--pairs resnet34-resnet18 --methods kd diffkd --steps 20 --rounds 2); [ -z "$rehearse" ] || few=(--pairs resnet34-resnet18 --methods kd diffkd --steps 8 --rounds 1 --batch 2 --size 64)
+  step 60 imagenet_tf32.json "$python" bench/imagenet.py "${few[@]}" --precision tf32 --device "$device" --out "$out/imagenet_tf32.json"
+  step 60 imagenet_compiled.json "$python" bench/imagenet.py "${few[@]}" --compile --device "$device" --out "$out/imagenet_compiled.json"
 }
 do_table9() { # teachers, rates, grid, controls, as far as the time goes
   [ -n "${DATA:-}" ] || { echo "skipped  table9: set DATA to cifar100:FOLDER"; return 0; }
