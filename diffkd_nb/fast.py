@@ -35,7 +35,8 @@ class CudaRecording:
 
     def record(self, step):
         "Note a step; where that fails, generators and autocast are as before, and the error is the step's own"
-        own, faults = torch.cuda.default_generators[torch.cuda.current_device()], []
+        here, faults = torch.cuda.current_device(), []
+        own = torch.cuda.default_generators[here]
         before = [(g, g.clone_state()) for g in (own, *self.generators)]
         if _ANNOUNCED:
             for g in self.generators: self.graph.register_generator_state(g)
