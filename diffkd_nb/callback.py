@@ -159,9 +159,9 @@ def numbered(
 def data_labels(
     dl # Training DataLoader
 ) -> Tensor|None: # (n,) int64, None where they cannot be had without loading the inputs
-    "Labels of all training samples"
+    "Labels of all training samples, on the CPU"
     own = getattr(dl, 'labels', None)
-    if own is not None: return torch.as_tensor(own)
+    if own is not None: return torch.as_tensor(own).cpu()
     tls = getattr(getattr(dl, 'dataset', None), 'tls', None)
     try: return torch.tensor([int(y) for y in tls[-1]]) if tls is not None and len(tls) > 1 else None
     except (TypeError, ValueError): return None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
+from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
@@ -526,7 +527,11 @@ def load_state_dict(self:Distillation,
     self._load_distiller(sd['distiller'])
     if sd['generator'] is None: self.generator = None; return
     if self.generator is None: self.generator = torch.Generator(device or _device(self.student))
-    self.generator.set_state(sd['generator'])
+    try: self.generator.set_state(sd['generator'])
+    except RuntimeError:
+        raise InputError("the saved training began on another kind of device: its random state has "
+                         f"{sd['generator'].numel()} bytes, here (on {self.generator.device}) it has "
+                         f"{self.generator.get_state().numel()}. Go on where it began, or begin anew.") from None
 
 @patch
 def _load_distiller(self:Distillation, weights):

@@ -6,10 +6,10 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/fast.html.md"""
 
 # %% ../nbs/21_fast.ipynb #79ca25aa
 from __future__ import annotations
-from contextlib import ExitStack
+import warnings
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from functools import partial
-from warnings import warn
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -24,16 +24,39 @@ from .callback import DistillCallback, distillation
 __all__ = ['CudaRecording', 'why_plain', 'CudaGraphStep']
 
 # %% ../nbs/21_fast.ipynb #4a6f51a5
+_ANNOUNCED = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14) # Whether PyTorch wants to be told of generators
+
 class CudaRecording:
-    "A CUDA graph of one step"
+    "A CUDA graph of one step, on the current device"
     def __init__(self,
         generators=() # Random generators that the step draws from, beside PyTorch's own
     ):
         self.generators,self.graph = list(generators),torch.cuda.CUDAGraph()
 
     def record(self, step):
-        for g in self.generators: self.graph.register_generator_state(g)
-        with torch.cuda.graph(self.graph): step()
+        "Note a step; where that fails, generators and autocast are as before, and the error is the step's own"
+        here, faults = torch.cuda.current_device(), []
+        own = torch.cuda.default_generators[here]
+        before = [(g, g.clone_state()) for g in (own, *self.generators)]
+        if _ANNOUNCED:
+            for g in self.generators: self.graph.register_generator_state(g)
+        def noted():
+            try: step()
+            except BaseException as e: faults.append(e); raise
+        try: self._capture(noted)
+        except BaseException as e:
+            for g,state in before: g.graphsafe_set_state(state)
+            torch.clear_autocast_cache()
+            if not faults: raise
+            e.__traceback__ = None          # the two errors know each other, and would keep the step's tensors
+            raise faults.pop() from None
+
+    def _capture(self, step):
+        "Note a step; an empty recording is an error"
+        stream = torch.cuda.Stream()        # PyTorch's default one stays on the device that was recorded first
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'The CUDA Graph is empty')
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode='thread_local'): step()
 
     def replay(self): self.graph.replay()
 
@@ -68,9 +91,11 @@ _OPTIMIZERS = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 def _why_optimizer(opt):
     "What about an optimiser cannot be recorded"
     inner = getattr(opt, 'opt', opt)
-    if isinstance(opt, OptimWrapper) and isinstance(inner, _OPTIMIZERS): return None
-    return (f"its optimiser is {type(inner).__name__}, and only PyTorch's SGD, Adam and AdamW in an OptimWrapper "
-            "can be recorded")
+    if not (isinstance(opt, OptimWrapper) and isinstance(inner, _OPTIMIZERS)):
+        return (f"its optimiser is {type(inner).__name__}, and only PyTorch's SGD, Adam and AdamW in an OptimWrapper "
+                "can be recorded")
+    if inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks:
+        return 'the optimiser has a hook, and Python does not run in a recorded step'
 
 # %% ../nbs/21_fast.ipynb #fcf9c6aa
 def _why_model(model):
@@ -91,26 +116,115 @@ def why_plain(
     if (why := _why_model(learn.model)): return why
     return next((why for cb in learn.cbs if (why := _why_callback(cb, learn.cbs))), None)
 
+# %% ../nbs/21_fast.ipynb #ef3dbaeb
+_MOVABLE = 'lr', 'momentum', 'weight_decay', 'betas'
+
+def _numbers(
+    group # A parameter group
+) -> dict: # Name to float
+    "What a recorded step can read from memory"
+    betas = {f'beta{i}': b for i,b in enumerate(group.get('betas', ()), 1)}
+    return {k: float(v) for k,v in {**group, **betas}.items() if k in (*_MOVABLE[:3], 'beta1', 'beta2')}
+
+def _fixed(
+    opt, # A `torch.optim` optimiser
+    moving # Whether all of `_numbers` are read from memory, or the rate alone
+) -> list: # One dict per parameter group
+    "What is written into a recorded step"
+    read = {'params', *(_MOVABLE if moving else ['lr'])}
+    found = [{k: v for k,v in g.items() if k not in read} for g in opt.param_groups]
+    if moving:
+        for f,g in zip(found, opt.param_groups): f['whether there is a momentum'] = bool(g.get('momentum'))
+    return found
+
+# %% ../nbs/21_fast.ipynb #8b76ff58
+def _sgd(params, grads, states, h, group):
+    "A step of SGD with its numbers in the tensors `h`"
+    grads = torch._foreach_add(torch._foreach_mul(params, h['weight_decay']), grads)
+    if group['momentum']:
+        bufs = [s['momentum_buffer'] for s in states]
+        torch._foreach_mul_(bufs, h['momentum'])
+        torch._foreach_add_(bufs, grads)
+        grads = torch._foreach_add(torch._foreach_mul(bufs, h['momentum']), grads) if group['nesterov'] else bufs
+    torch._foreach_sub_(params, torch._foreach_mul(grads, h['lr']))
+
+# %% ../nbs/21_fast.ipynb #b747c9c4
+def _adam(params, grads, states, h, group):
+    "A step of Adam or AdamW with its numbers in the tensors `h`"
+    steps, means, squares = ([s[k] for s in states] for k in ('step', 'exp_avg', 'exp_avg_sq'))
+    torch._foreach_add_(steps, 1)
+    if group['decoupled']: torch._foreach_mul_(params, 1 - h['lr']*h['weight_decay'])
+    else: grads = torch._foreach_add(torch._foreach_mul(params, h['weight_decay']), grads)
+    torch._foreach_mul_(means, h['beta1'])
+    torch._foreach_add_(means, torch._foreach_mul(grads, 1 - h['beta1']))
+    torch._foreach_mul_(squares, h['beta2'])
+    torch._foreach_addcmul_(squares, torch._foreach_mul(grads, 1 - h['beta2']), grads)
+    n, root = torch.stack(steps), torch._foreach_sqrt(squares)
+    torch._foreach_div_(root, (1 - h['beta2']**n).sqrt().unbind())
+    torch._foreach_add_(root, group['eps'])
+    torch._foreach_div_(root, (h['lr']/(1 - h['beta1']**n)).unbind())
+    torch._foreach_addcdiv_(params, means, root, value=-1)
+
+# %% ../nbs/21_fast.ipynb #7329bad4
+def _begin_states(opt, device):
+    "States of all parameters as before a first step"
+    for g,p in ((g, p) for g in opt.param_groups for p in g['params'] if p.requires_grad):
+        s = opt.state[p]
+        if 'momentum' not in g:
+            if s: continue
+            s.update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        elif g['momentum'] and s.get('momentum_buffer') is None: s['momentum_buffer'] = torch.zeros_like(p)
+
+@torch.no_grad()
+def _step_from_memory(opt, tensors):
+    "A step of an optimiser with the numbers of each group in `tensors`"
+    f, adamw = _sgd if isinstance(opt, torch.optim.SGD) else _adam, isinstance(opt, torch.optim.AdamW)
+    for g,h in zip(opt.param_groups, tensors):
+        params = [p for p in g['params'] if p.grad is not None]
+        if not params: continue
+        group = {**g, 'decoupled': adamw or g.get('decoupled_weight_decay', False)}
+        f(params, [p.grad for p in params], [opt.state[p] for p in params], h, group)
+
+# %% ../nbs/21_fast.ipynb #ee5063d3
+def _why_moving(opt):
+    "What about an optimiser cannot be recorded where more than its rate changes"
+    for k in ('dampening', 'amsgrad', 'maximize'):
+        if any(g.get(k) for g in opt.param_groups): return f'more than the rate of its optimiser changes, which has {k}'
+
 # %% ../nbs/21_fast.ipynb #fa248228
-class _TensorRates:
-    "The optimiser reads its rates from tensors inside the block"
+class _FromMemory:
+    "The optimiser reads its rates from tensors inside the block, where `moving` also its other numbers"
     def __init__(self,
         opt, # A `torch.optim` optimiser
-        rates # One scalar tensor per parameter group, where the parameters are
+        tensors, # One dict per parameter group: name to a scalar tensor where the parameters are, see `_numbers`
+        moving=False # Whether more than the rates changes
     ):
-        self.opt,self.rates = opt,rates
+        self.opt,self.tensors,self.moving = opt,tensors,moving
+
+    def fill(self):
+        "Write the numbers of this step"
+        for g,t in zip(self.opt.param_groups, self.tensors):
+            for k,v in _numbers(g).items():
+                if k == 'lr' or self.moving: t[k].fill_(v)
 
     def __enter__(self):
-        self.was = [dict(g) for g in self.opt.param_groups]
-        sgd = isinstance(self.opt, torch.optim.SGD)
-        for g,r in zip(self.opt.param_groups, self.rates):
-            g.update(lr=r.fill_(float(g['lr'])), fused=True, foreach=False)
-            if not sgd: g['capturable'] = not r.is_cpu
-            states = [self.opt.state[p] for p in g['params'] if 'step' in self.opt.state.get(p, {})]
-            for s in states: s['step'] = s['step'].to(r.device)
+        self.fill()
+        self.was, self.had = [dict(g) for g in self.opt.param_groups], vars(self.opt).get('step')
+        device = self.tensors[0]['lr'].device
+        for s in self.opt.state.values():
+            if 'step' in s: s['step'] = s['step'].to(device)
+        if self.moving:
+            _begin_states(self.opt, device)
+            self.opt.step = partial(_step_from_memory, self.opt, self.tensors)
+            return
+        for g,t in zip(self.opt.param_groups, self.tensors):
+            g.update(lr=t['lr'], fused=True, foreach=False)
+            if 'capturable' in g: g['capturable'] = device.type != 'cpu'
 
     def __exit__(self, *exc):
         for g,w in zip(self.opt.param_groups, self.was): g.update({k: v for k,v in w.items() if k != 'params'})
+        if self.had is not None: self.opt.step = self.had
+        else: vars(self.opt).pop('step', None)
 
 # %% ../nbs/21_fast.ipynb #f3b4cdb0
 def _half_begun(
@@ -145,14 +259,14 @@ class CudaGraphStep(Callback):
             raise ValueError("warmup must be a whole number >= 1 (the optimiser's state has to exist), "
                              f"got {warmup!r}.")
         self.warmup,self.recording,self.verbose = warmup,recording,verbose
-        self.reason,self.smooth = None,None
-        self.recorded,self.on_host = 0,0
+        self.reason = self.smooth = self.side = None
+        self.recorded,self.on_host,self.moving = 0,0,False
         self.active,self.deferred = False,ExitStack()
         self.forget()
 
     def forget(self):
         "Drop the recording; the next steps are plain, then it is made anew"
-        self.tape = self.key = self.memory = self.static = self.rates = None
+        self.tape = self.key = self.memory = self.static = self.numbers = self.fixed = None
         self.count = 0
 
 # %% ../nbs/21_fast.ipynb #831bca05
@@ -188,10 +302,16 @@ def before_fit(self:CudaGraphStep):
     "Choose the kind of recording, or say why there is none"
     if self.learn.lock.locked(): return
     self.finish()
-    on_gpu = next(self.learn.model.parameters()).device.type == 'cuda'
-    self.kind = self.recording or (CudaRecording if on_gpu else None)
+    self.moving,self.side = False,None
+    self.device = next(self.learn.model.parameters()).device
+    self.kind = self.recording or (CudaRecording if self.device.type == 'cuda' else None)
     self.reason = why_plain(self.learn) if self.kind else 'there is no GPU'
     if self.reason and self.verbose: print(f'CudaGraphStep: plain steps, since {self.reason}.')
+
+@patch
+def _on_device(self:CudaGraphStep):
+    "The model's GPU as the current device"
+    return torch.cuda.device(self.device) if self.device.type == 'cuda' else nullcontext()
 
 # %% ../nbs/21_fast.ipynb #e88ae079
 @patch
@@ -278,39 +398,64 @@ def _memory(self:CudaGraphStep):
     tensors += [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
     tensors += [t for m in modules for t in (*m.parameters(), *m.buffers())]
     trained = [p.requires_grad for m in modules for p in m.parameters()]
-    hypers = [{k: v for k,v in g.items() if k not in ('params', 'lr')} for g in opt.param_groups]
     weights = [cb.task_weight for cb in self.learn.cbs if isinstance(cb, DistillCallback)]
     objects = [id(o) for o in (self.learn.loss_func, *(kd.generator for kd in kds))]
-    return [t.data_ptr() for t in tensors], trained, hypers, weights, objects
+    return [t.data_ptr() for t in tensors], trained, _fixed(opt, self.moving), weights, objects
 
 # %% ../nbs/21_fast.ipynb #47b8e06f
 @patch
 def step(self:CudaGraphStep):
     "One training step: plain, recorded or replayed"
-    learn, opt = self.learn, self.learn.opt.opt
+    learn = self.learn
     plain = partial(Learner._do_one_batch, learn)
     if not len(learn.yb) or self.reason or not self.active: return plain()
-    if self.rates is None: self.rates = [torch.zeros((), device=learn.yb[0].device) for _ in opt.param_groups]
+    self._heed_numbers()
+    if self.reason: return plain()
     key = [(type(x), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (*learn.xb, *learn.yb)]
-    if self.tape is None and self.count < self.warmup: self._warm_up(plain)
-    elif self.tape is None: self._begin(plain, key)
-    elif key == self.key: self._replay()
+    with self._on_device():
+        if self.tape is None and self.count < self.warmup: self._warm_up(plain)
+        elif self.tape is None: self._begin(plain, key)
+        elif key == self.key: self._replay()
+        else:
+            with self._from_memory(): plain()
+
+# %% ../nbs/21_fast.ipynb #ad6fd784
+@patch
+def _heed_numbers(self:CudaGraphStep):
+    "Look whether the optimiser's hyperparameters have changed since the last step"
+    opt = self.learn.opt.opt
+    now, was = _fixed(opt, self.moving), self.fixed
+    self.fixed = now
+    if was is None or now == was: return
+    changed = sorted({k for g,w in zip(now, was) for k in g if g[k] != w.get(k)})
+    if self.moving or not {*changed} <= {*_MOVABLE}:
+        self.reason = f"its optimiser changes from step to step: {', '.join(changed)}"
     else:
-        with _TensorRates(opt, self.rates): plain()
+        self.forget()
+        self.moving,self.fixed,self.reason = True,_fixed(opt, True),_why_moving(opt)
+    if self.reason and self.verbose: print(f'CudaGraphStep: plain steps from here on, since {self.reason}.')
+
+@patch
+def _from_memory(self:CudaGraphStep):
+    "The optimiser with its numbers in memory"
+    opt = self.learn.opt.opt
+    if self.numbers is None:
+        self.numbers = [{k: torch.zeros((), device=self.device) for k in _numbers(g)} for g in opt.param_groups]
+    return _FromMemory(opt, self.numbers, self.moving)
 
 # %% ../nbs/21_fast.ipynb #0492ffd6
 @patch
 def _warm_up(self:CudaGraphStep, plain):
     "A plain step before the recording"
     self.count += 1
-    opt = self.learn.opt.opt
+    self.learn.pred = self.learn.loss = self.learn.loss_grad = None
     with ExitStack() as stack:
-        if not _half_begun(opt): stack.enter_context(_TensorRates(opt, self.rates))
-        if self.kind is not CudaRecording: return plain()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side): plain()
-        torch.cuda.current_stream().wait_stream(side)
+        if self.moving or not _half_begun(self.learn.opt.opt): stack.enter_context(self._from_memory())
+        if self.device.type != 'cuda': return plain()
+        if self.side is None: self.side = torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side): plain()
+        torch.cuda.current_stream().wait_stream(self.side)
 
 # %% ../nbs/21_fast.ipynb #cc0a0372
 @patch
@@ -328,12 +473,15 @@ def _record(self:CudaGraphStep, plain, key):
     learn, kds = self.learn, self._kd()
     counted, batch = [kd.tally.n for kd in kds], (learn.xb, learn.yb)
     learn.xb,learn.yb = map(_copies, batch)
+    learn.pred = learn.loss = learn.loss_grad = None
     tape = self.kind([kd.generator for kd in kds])
     try:
-        with _TensorRates(learn.opt.opt, self.rates): tape.record(plain)
-    except Exception as e:
+        with self._from_memory(): tape.record(plain)
+    except BaseException as e:
         learn.xb,learn.yb = batch
-        self._give_up(e, counted)
+        self._undo(counted)
+        if not isinstance(e, Exception): raise
+        self._give_up(e)
         return False
     self.tape,self.key = tape,key
     self.recorded += 1
@@ -349,18 +497,26 @@ def _first_line(error):
 
 # %% ../nbs/21_fast.ipynb #9b004345
 @patch
-def _give_up(self:CudaGraphStep, error, counted):
-    "Go on with plain steps after a recording that failed"
+def _undo(self:CudaGraphStep, counted):
+    "As before a recording that failed"
     learn = self.learn
-    self.reason = _first_line(error)
-    warn(f'CudaGraphStep: this step cannot be recorded, training goes on with plain steps: {self.reason}')
-    if self.kind is CudaRecording: torch.cuda.synchronize()
+    learn.pred = learn.loss = learn.loss_grad = None
+    if self.device.type == 'cuda': torch.cuda.synchronize()
+    torch.clear_autocast_cache()
     for g in learn.opt.opt.param_groups:
         for p in g['params']: p.grad = None
-    self.deferred.close()
     for kd,n in zip(self._kd(), counted): kd.try_again(n)
-    for cb in learn.cbs:
-        if isinstance(cb, MixedPrecision) and not torch.is_autocast_enabled('cuda'): cb.before_batch()
+
+@patch
+def _give_up(self:CudaGraphStep, error):
+    "Go on with plain steps after a recording that failed"
+    self.reason = _first_line(error)
+    warnings.warn(f'CudaGraphStep: this step cannot be recorded, training goes on with plain steps: {self.reason}')
+    self.deferred.close()
+    for cb in self.learn.cbs:
+        if not isinstance(cb, MixedPrecision): continue
+        device = getattr(cb.autocast, 'device', self.device.type)
+        if not torch.is_autocast_enabled(device): cb.before_batch()
 
 # %% ../nbs/21_fast.ipynb #5a7d87a1
 @patch
@@ -369,7 +525,7 @@ def _replay(self:CudaGraphStep):
     learn, (xs, ys, *outputs) = self.learn, self.static
     for old,new in zip((*xs, *ys), (*learn.xb, *learn.yb)):
         if isinstance(old, Tensor): old.copy_(new)
-    for r,g in zip(self.rates, learn.opt.opt.param_groups): r.fill_(float(g['lr']))
+    self._from_memory().fill()
     self.tape.replay()
     learn.pred,learn.loss_grad,learn.loss = outputs
     for kd in self._kd(): kd.replayed(len(ys[0]))

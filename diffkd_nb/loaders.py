@@ -93,7 +93,7 @@ class ArrayDataset:
 # %% ../nbs/11a_loaders.ipynb #b625f922
 class ArrayDL(SeededDL):
     "Batches made where the images are; after each, `batch_index` and `batch_view` say what it holds"
-    ahead = None # Batches that are cropped and normalised at a time: 32 on a GPU, 1 elsewhere by default
+    ahead = None # Batches that are cropped and normalised at a time: up to 32 on a GPU, 1 elsewhere by default
     def __init__(self, dataset, stats=((0.,), (1.,)), views:Views|None=None, seed:int=0, **kwargs):
         super().__init__(dataset, stats, seed, **{**kwargs, 'num_workers': 0})
         self.views = views
@@ -107,6 +107,10 @@ class ArrayDL(SeededDL):
         return order.tolist()
 
 # %% ../nbs/11a_loaders.ipynb #2482def3
+def _ahead(x, bs):
+    "How many batches to make at a time on a GPU: 32, or as many as have 256 MiB"
+    return max(1, min(32, 2**28//(4*bs*x[0].numel())))
+
 @patch
 def create_batches(self:ArrayDL, samps):
     x, y, bs = self.dataset.x, self.dataset.y, self.bs or 1
@@ -114,7 +118,7 @@ def create_batches(self:ArrayDL, samps):
     if self.drop_last: order = order[:len(order)//bs*bs]
     views = None if self.drawn is None else self.drawn[order]
     i, v = order.to(x.device), None if views is None else views.to(x.device)    # once an epoch; no waiting after this
-    block = bs*(self.ahead or (32 if x.is_cuda else 1))
+    block = bs*(self.ahead or (_ahead(x, bs) if x.is_cuda else 1))
     for k in range(0, len(order), block):
         here = i[k:k+block]
         images, labels = self._prepare(x[here], None if v is None else v[k:k+block]), y[here.to(y.device)]

@@ -14,7 +14,8 @@ from .files import file_hash
 from .setup import Opened
 
 # %% auto #0
-__all__ = ['FILES', 'code_version', 'processor_name', 'environment', 'peak_memory', 'manifest_hash', 'make_manifest']
+__all__ = ['FILES', 'code_version', 'processor_name', 'float32_on', 'environment', 'peak_memory', 'manifest_hash',
+           'make_manifest']
 
 # %% ../nbs/23a_record.ipynb #ea3c3a96
 def code_version() -> dict: # version, commit (None outside a repository), source hash
@@ -33,14 +34,23 @@ def processor_name() -> str: # Such as 'Intel(R) Xeon(R) Platinum 8488C'; '' whe
     try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1].strip()
     except (OSError, TypeError): return platform.processor()
 
+def float32_on(
+    device # Any device
+) -> str:
+    "What float32 means there"
+    if torch.device(device).type != 'cuda': return 'float32'
+    coarse = dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32)
+    return ' and '.join([k for k,v in coarse.items() if v] or ['nothing']) + ' in TF32'
+
 def environment(device) -> dict:
     "What figures may depend on beyond the code"
     import fastai, torchvision, timm
     dev = torch.device(device)
     kind = torch.cuda.get_device_name(dev) if dev.type == 'cuda' else torch.backends.cpu.get_cpu_capability()
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, fastai, timm)}
+    rounding = {} if dev.type == 'cpu' else {'float32': float32_on(dev)}
     return dict(python=platform.python_version(), **versions, machine=platform.machine(), processor=kind,
-                device=str(dev), threads=torch.get_num_threads(), cpu=processor_name())
+                device=str(dev), threads=torch.get_num_threads(), cpu=processor_name(), **rounding)
 
 # %% ../nbs/23a_record.ipynb #2512dfc5
 def peak_memory() -> int|None: # None where the system does not tell

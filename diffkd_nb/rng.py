@@ -31,7 +31,7 @@ def set_rng_state(
     random.setstate(as_tuple(s['python']))
     np.random.set_state((s['numpy'][0], s['numpy'][1].numpy().astype(np.uint32), *s['numpy'][2:]))
     torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
+    for i,state in enumerate(s['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, i)
 
 # %% ../nbs/00a_rng.ipynb #66f0e63b
 @contextmanager
@@ -40,7 +40,7 @@ def same_rng(
 ):
     "Run a block and put back the states of Python's, NumPy's, PyTorch's and the given DataLoaders' random generators"
     python, numpy, own = random.getstate(), np.random.get_state(), [(d, d.rng, d.rng.getstate()) for d in dls if hasattr(d, 'rng')]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         try: yield
         finally:
             random.setstate(python)

@@ -62,7 +62,7 @@ class RunLog(Callback):
 # %% ../nbs/24_run.ipynb #d4a9c462
 @patch
 def after_train(self:RunLog):
-    if torch.device(self.dls.device or 'cpu').type == 'cuda': torch.cuda.synchronize()
+    if torch.device(self.dls.device or 'cpu').type == 'cuda': torch.cuda.synchronize(self.dls.device)
     self.train_seconds.append(time.perf_counter() - self.t0)
     if world_size() == 1: return
     from diffkd_nb.distributed import sum_over_processes

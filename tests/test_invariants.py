@@ -515,5 +515,6 @@ def test_mixed_precision_through_the_learner(half):
     learn, student, teacher, cb = build(LIGHT)
     learn.dls.cuda(); before = weights(cb)
     with quiet(getattr(learn, half)()): learn.fit(7, 1e-3)
+    cb.distiller.cpu()          # where its first weights are
     assert moved(cb, before) and all(np.isfinite(v) for r in learn.recorder.values for v in r)
     assert next(teacher.parameters()).device.type == 'cpu'
