@@ -32,7 +32,8 @@ from .files import write_whole
 from .taps import check_taps, tensors_of, unwrap
 from .distiller import Context, check_number
 from .diffkd import DiffKD, DiffKDDistiller
-from .distillation import Distillation, as_method, declared
+from .logits_since import Ensemble
+from .distillation import Distillation, NoTeacher, as_method, declared, is_teacherless
 from .outputs import check_kind, output_kind
 
 # %% auto #0
@@ -168,7 +169,7 @@ class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
     def __init__(self,
-        teacher:nn.Module|Learner, # The model to learn from; left as it is
+        teacher:nn.Module|Learner|Sequence|None, # The model to learn from, left as it is; or several, or none
         distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or a method's name (see `METHODS`)
         taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default
         task_weight:float=1., # Weight of the Learner's own loss; 0 also distils on data without labels
@@ -182,8 +183,8 @@ class DistillCallback(Callback):
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         **options # Options of the method, where `distiller` is a name
     ):
-        self.teacher = _teacher_model(teacher)
         with same_rng(): self.method = as_method(distiller, options)
+        self.teacher = NoTeacher() if teacher is None and is_teacherless(self.method) else _teacher_model(teacher)
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
         taps = self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
@@ -202,7 +203,8 @@ class DistillCallback(Callback):
 
 # %% ../nbs/09_callback.ipynb #4f241c25
 def _teacher_model(teacher):
-    "A model, or that of a Learner"
+    "A model, or that of a Learner; several as one"
+    if isinstance(teacher, (list, tuple)): return Ensemble([_teacher_model(t) for t in teacher])
     teacher = teacher.model if isinstance(teacher, Learner) else teacher
     if isinstance(teacher, nn.Module): return teacher
     raise TypeError("teacher must be an nn.Module or a fastai Learner, "
@@ -410,6 +412,8 @@ def _join(self:DistillCallback):
     dev = next(self.learn.model.parameters()).device
     self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False))
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
+    left = self.learn.n_epoch - self.learn.epoch
+    self.kd.expect(left, left*len(self.learn.dls.train) if hasattr(self.learn.dls.train, '__len__') else None)
     self.tail.add(self.learn.opt)
     self.joined,self.attached = self.learn.opt,True
 

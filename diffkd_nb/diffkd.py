@@ -78,7 +78,8 @@ class DiffKD(nn.Module):
         distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits by default
         temperature:float=1., # Temperature of `'kl'` and `'dist'`
         align:str='smaller', # Whose size maps of different size get, see `common_size`
-        output:str|Callable|None=None # What logits mean, see `Scores`; classes by default
+        output:str|Callable|None=None, # What logits mean, see `Scores`; classes by default
+        zscore:bool=False # Compare logits in units of their own spread, see `standard_scores`
     ):
         super().__init__()
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
@@ -93,7 +94,8 @@ class DiffKD(nn.Module):
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
         self.scores = Scores(output, teacher_channels) if kind == 'logits' else None
-        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output)
+        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output,
+                                     zscore and kind == 'logits')
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _CHOICES = dict(kind=('feature', 'logits'), align=('smaller', 'student', 'teacher'), denoiser=('diffusion', 'identity'),
@@ -247,6 +249,7 @@ class DiffKDDistiller(Distiller):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names, stat_names = ('kd', 'diffusion', 'reconstruction'), ('gamma',)
     default_taps, takes = ['feature', 'logits'], dict(feature=(0, math.inf), logits=(0, math.inf))
+    use = 'Where student and teacher differ much, and a dearer step is fine.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
@@ -256,7 +259,8 @@ class DiffKDDistiller(Distiller):
         diffusion_weight:float=1., # lambda 1
         reconstruction_weight:float=1., # lambda 2
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
-        **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature, align
+        **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
+                 # align, zscore
     ):
         super().__init__(plan)
         distances, weights = dict(distances or {}), dict(weights or {})

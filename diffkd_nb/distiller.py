@@ -100,6 +100,8 @@ class Distiller(nn.Module):
     dense = False # Whether logits may be maps (B, K, H, W)
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
+    teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice
+    use = '' # When to use it, one sentence
 
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
@@ -202,6 +204,14 @@ def check_batch(self:Distiller,
     if self.training and len(x) < 2:
         raise ValueError(f"{type(self).__name__} normalises over the batch and needs at least 2 samples per training "
                          "step, got a batch of 1. Use a larger batch, or drop_last=True.")
+
+# %% ../nbs/04a_distiller.ipynb #42d92779
+@patch
+def expect(self:Distiller,
+    epochs:int, # Epochs to come, this one included
+    steps:int|None=None # Training steps to come; None where nobody knows
+):
+    "Hear how much of the training is left"
 
 # %% ../nbs/04a_distiller.ipynb #fda3cb77
 @patch
