@@ -24,7 +24,9 @@ from .features_since import Planes
 # %% auto #0
 __all__ = ['guided_denoise', 'DSKD']
 
-# %% ../nbs/06f_dskd.ipynb #2a26b8a1
+# %% ../nbs/06f_dskd.ipynb #1620c752
+_SIGMAS = (1 - alpha_bar_schedule()).sqrt().tolist() # Standard deviation of the noise at each time
+
 def guided_denoise(
     predict:Callable, # `predict(x, emb)` guesses the noise, as `Denoiser.predict`
     x:Tensor, # Noisy feature (B, ...)
@@ -34,10 +36,10 @@ def guided_denoise(
     scale:float=1. # s; 0 for plain DDIM
 ) -> Tensor: # Denoised feature, float32
     "DDIM guided by a classifier (Dhariwal and Nichol, 2021, algorithm 2)"
-    x, sigmas = x.float(), (1 - alpha_bar_schedule()).sqrt().tolist()
+    x = x.float()
     for i,(t,a,b) in enumerate(coefficients):
         eps = predict(x, embs[i:i+1]).float()
-        if scale: eps = eps - scale*sigmas[t]*gradient(x)
+        if scale: eps = eps - scale*_SIGMAS[t]*gradient(x)
         x = a*x + b*eps
     return x
 
