@@ -614,6 +614,7 @@ class DiffKDCallback(DistillCallback):
         diffusion_weight:float=1., # lambda 1
         reconstruction_weight:float=1., # lambda 2
         weights:dict|None=None, # Tap name to a factor on all its losses
+        paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
@@ -626,7 +627,7 @@ class DiffKDCallback(DistillCallback):
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, **kwargs)
+                    reconstruction_weight=reconstruction_weight, paced=paced, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output)

@@ -18,8 +18,8 @@ from .rng import Draws
 from .losses import OUTPUTS
 
 # %% auto #0
-__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'Distiller',
-           'output_refusal', 'toy_tap', 'Adopted', 'as_distiller']
+__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'edge_weights',
+           'check_paced', 'weigh_samples', 'Distiller', 'output_refusal', 'toy_tap', 'Adopted', 'as_distiller']
 
 # %% ../nbs/04a_distiller.ipynb #b01e4fbd
 class Context(NamedTuple):
@@ -87,6 +87,34 @@ def unit_vector(
     "`x` over its length; 0 where `x` is 0"
     n = vector_length(x)
     return torch.where(n > 0, x/torch.where(n > 0, n, 1), 0)
+
+# %% ../nbs/04a_distiller.ipynb #db47dabb
+def edge_weights(
+    scores:Tensor, # Student's logits (B, K)
+    target:Tensor # Class indices (B,)
+) -> Tensor: # (B,), mean 1; no gradient
+    "p (1 - p) over its mean, p being the student's probability of the right class (PACED)"
+    p = to_float32(scores.detach()).softmax(1).gather(1, target[:, None])[:, 0]
+    w = p*(1 - p)
+    return w/w.mean().clamp(min=1e-12)
+
+def check_paced(
+    plan:Sequence[Tap] # From `plan_taps`
+):
+    "`ValueError` where the student's scores do not say how likely the right class is"
+    taps = [t for t in plan if t.kind == 'logits']
+    right = [t.output in (None, 'classes', 'probabilities') and tuple(t.student.shape[1:]) == (1, 1) for t in taps]
+    if plan and not any(right):
+        raise ValueError("paced=True looks at the student's scores of one class among several, one set per sample, and the "
+                         f"taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'.")
+
+def weigh_samples(
+    x:Tensor, # Student's map (B, ...)
+    weights:Tensor # (B,)
+) -> Tensor: # `x`, whose gradient is weighted
+    "Scale the gradient that each sample sends back"
+    still = x.detach()
+    return still + weights.view(-1, *[1]*(x.dim() - 1)).to(x.dtype)*(x - still)
 
 # %% ../nbs/04a_distiller.ipynb #9cfb415d
 class Distiller(nn.Module):

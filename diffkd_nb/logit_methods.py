@@ -14,7 +14,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
 from .losses import SCORES, Scores, dist_loss, get_distance, standard_scores
-from .distiller import Distiller, check_labels, check_number, to_float32
+from .distiller import (Distiller, check_labels, check_number, check_paced, edge_weights, to_float32,
+                                 weigh_samples)
 
 # %% auto #0
 __all__ = ['scores_of', 'KD', 'dkd_loss', 'DKD', 'DIST', 'ofa_loss', 'exit_branch', 'OFA']
@@ -36,15 +37,24 @@ class KD(Distiller):
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
         temperature:float=4., # tau; without effect on values
         weight:float=1., # Factor on the loss
-        zscore:bool=False # Compare scores in units of their own spread (Sun et al., CVPR 2024), see `standard_scores`
+        zscore:bool=False, # Compare scores in units of their own spread (Sun et al., CVPR 2024), see `standard_scores`
+        paced:bool=False # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
     ):
         super().__init__(plan, weight)
+        if paced: check_paced(plan)
+        self.paced = self.hard_labels = paced
         self.temperature = check_number('temperature', temperature, positive=True)
         self.scores = scores_of(plan)
         self.distances = [get_distance('kl', temperature, t.output, zscore) for t in plan]
 
     def losses(self, student, teacher, target=None):
-        return {'kd': sum(f(*m(s, t)) for f,m,s,t in zip(self.distances, self.scores, student, teacher))}
+        pairs = [m(s, t) for m,s,t in zip(self.scores, student, teacher)]
+        if self.paced: pairs = [(_paced('KD', s, target), t) for s,t in pairs]
+        return {'kd': sum(f(*p) for f,p in zip(self.distances, pairs))}
+
+def _paced(method, scores, target):
+    "Scores whose gradient is weighted by sample"
+    return weigh_samples(scores, edge_weights(scores.flatten(1), check_labels(method, target, len(scores))))
 
 # %% ../nbs/06_logit_methods.ipynb #eb50637d
 def dkd_loss(

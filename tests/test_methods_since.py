@@ -4,7 +4,8 @@ import pytest
 from pairs import *
 from diffkd_nb.callback import DistillCallback, distillation
 from diffkd_nb.distillation import Distillation
-from diffkd_nb.distiller import Context
+from diffkd_nb.diffkd import DiffKDDistiller
+from diffkd_nb.distiller import Context, edge_weights
 from diffkd_nb.features_since import CrossAttention, lsh_loss
 from diffkd_nb.head import TeacherHead, find_classifier
 from diffkd_nb.losses import kl_loss
@@ -248,6 +249,31 @@ def test_a_loop_must_tell_how_long_it_is(name):
     d = get_method(name)([LOGITS], **Context(n_data=N).of(METHODS[name]))
     s, t, y = inputs([LOGITS])
     with pytest.raises(ValueError, match='how long it is'): call(d, s, t, y)
+
+
+def test_paced_weighs_what_each_sample_sends_back():
+    plan = plan_of('diffkd')
+    s, t, y = inputs(plan)
+    torch.manual_seed(0); plain = DiffKDDistiller(plan, latent=None)
+    torch.manual_seed(0); paced = DiffKDDistiller(plan, latent=None, paced=True)
+    a, b = (d(s, t, y, draws()) for d in (plain, paced))
+    assert all(a[k].item() == pytest.approx(b[k].item(), rel=1e-5) for k in a) and paced.hard_labels and not plain.hard_labels
+    w = edge_weights(s['logits'].flatten(1), y)
+    for k in s:
+        g, h = (torch.autograd.grad(sum(out.values()), s[k], retain_graph=True)[0] for out in (a, b))
+        assert torch.allclose(h, g*w.view(-1, 1, 1, 1), atol=1e-6)
+    with pytest.raises(ValueError, match='one class index'): paced(s, t, None, draws())
+    for bad in (plan[:1], [plan[1]._replace(output='labels')]):
+        with pytest.raises(ValueError, match='one class among several'): DiffKDDistiller(bad, paced=True)
+
+
+@pytest.mark.parametrize('name', ['kd', 'diffkd'])
+def test_paced_goes_without_mixup(name):
+    from fastai.callback.mixup import MixUp
+    learn = learner(sequential(6), [DistillCallback(sequential(20), name, paced=True, verbose=False), MixUp()], dls=dls_of((32, 32)))
+    with quiet(learn), pytest.raises(ValueError, match='MixUp mixes samples of two classes'): learn.fit(1)
+    learn = learner(sequential(6), DistillCallback(sequential(20), name, paced=True, verbose=False), dls=dls_of((32, 32)))
+    with quiet(learn): learn.fit(1, 1e-3)
 
 
 # ---- with a Learner
