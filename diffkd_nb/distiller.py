@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import NamedTuple
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .taps import Layout, Place, Tap, unwrap
@@ -18,8 +19,9 @@ from .rng import Draws
 from .losses import OUTPUTS
 
 # %% auto #0
-__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'edge_weights',
-           'check_paced', 'weigh_samples', 'Distiller', 'output_refusal', 'toy_tap', 'Adopted', 'as_distiller']
+__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'all_samples',
+           'edge_weights', 'check_paced', 'weigh_samples', 'Distiller', 'output_refusal', 'toy_tap', 'Adopted',
+           'as_distiller']
 
 # %% ../nbs/04a_distiller.ipynb #b01e4fbd
 class Context(NamedTuple):
@@ -87,6 +89,17 @@ def unit_vector(
     "`x` over its length; 0 where `x` is 0"
     n = vector_length(x)
     return torch.where(n > 0, x/torch.where(n > 0, n, 1), 0)
+
+# %% ../nbs/04a_distiller.ipynb #2717f4a9
+def all_samples(
+    x:Tensor, # One row for each sample of this process (B, ...); no gradient
+    draws:Draws # Tells how many processes there are
+) -> Tensor: # (B n, ...), the rows of all processes in their order
+    "The samples of the whole batch"
+    if draws.part[1] == 1: return x
+    rows = [torch.empty_like(x) for _ in range(draws.part[1])]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
 
 # %% ../nbs/04a_distiller.ipynb #db47dabb
 def edge_weights(

@@ -96,7 +96,7 @@ def denoised(self:DSKD,
     return guided_denoise(d.predict, x, d.embed(self.times), self.coefficients,
                           lambda x: self.head.guidance(x, y), self.scale)
 
-# %% ../nbs/06f_dskd.ipynb #f7df72bd
+# %% ../nbs/06f_dskd.ipynb #b0d72308
 @patch
 def losses(self:DSKD, student, teacher, target=None, draws=None):
     feature, logits = self.order
@@ -111,7 +111,7 @@ def losses(self:DSKD, student, teacher, target=None, draws=None):
     z, clean = self.head.pool(z), self.head.pool(clean)
     self._look(clean, y, teacher[feature], self.scores(student[logits].flatten(1), teacher[logits].flatten(1))[1])
     weight, diffusion = self.lambdas
-    return {'lsh': weight*self.planes(z, clean).mean(), 'mse': weight*F.mse_loss(z, clean), 'diffusion': diffusion*own}
+    return {'lsh': weight*self.planes(z, clean, draws).mean(), 'mse': weight*F.mse_loss(z, clean), 'diffusion': diffusion*own}
 
 @patch
 @torch.no_grad()

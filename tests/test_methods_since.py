@@ -276,6 +276,21 @@ def test_paced_goes_without_mixup(name):
     with quiet(learn): learn.fit(1, 1e-3)
 
 
+@pytest.mark.parametrize('name', ['taid', 'lshfm', 'dskd'])
+def test_what_is_kept_of_a_batch_is_that_of_all_processes(name, monkeypatch):
+    d, plan = build(name)
+    s, t, y = inputs(plan)
+    seen = []
+    def all_gather(rows, x): seen.append(x); [r.copy_(x + i) for i,r in enumerate(rows)]
+    monkeypatch.setattr(torch.distributed, 'all_gather', all_gather)
+    def step(): return d(s, t, y, Draws(torch.Generator().manual_seed(0), (0, 2)))
+    step()
+    kept = {'taid': lambda: d.last, 'lshfm': lambda: d.planes.bias, 'dskd': lambda: d.planes.bias}[name]()
+    both = torch.cat([seen[0], seen[0] + 1])
+    torch.testing.assert_close(kept, both.mean() if name == 'taid' else -(both @ d.planes.normals.T).median(0).values)
+    step(); assert len(seen) == (2 if name == 'taid' else 1)             # the offsets are known
+
+
 # ---- with a Learner
 
 def learner(student, cb, size=32, dls=None): return make_learner(student, size, cb, dls=dls)
