@@ -15,6 +15,9 @@ from .logit_methods import *
 from .feature_methods import *
 from .relations import *
 from .head import *
+from .logits_since import *
+from .features_since import *
+from .dskd import *
 from .methods import *
 from .outputs import *
 from .engine import *

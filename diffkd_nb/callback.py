@@ -32,8 +32,9 @@ from .files import write_whole
 from .taps import check_taps, named_tap, tensors_of, unwrap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
+from .logits_since import Ensemble
 from .methods import METHODS, Method
-from .distillation import Distillation, as_method, declared
+from .distillation import Distillation, NoTeacher, as_method, declared, is_teacherless
 from .outputs import check_kind, output_kind
 from .teacher_learner import compare_teacher
 from .precision import close_on_cpu, open_on_cpu
@@ -171,7 +172,7 @@ class DistillCallback(Callback):
     "Distil `teacher` into the Learner's model while it trains, with any distiller"
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
     def __init__(self,
-        teacher:nn.Module|Learner, # The model to learn from; left as it is
+        teacher:nn.Module|Learner|Sequence|None, # The model to learn from, left as it is; or several, or none
         distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or a method's name (see `METHODS`)
         taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default
         task_weight:float=1., # Weight of the Learner's own loss; 0 also distils on data without labels
@@ -187,8 +188,9 @@ class DistillCallback(Callback):
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
         **options # Options of the method, where `distiller` is a name
     ):
-        self.teacher,self.teacher_learner = _teacher_model(teacher),teacher if isinstance(teacher, Learner) else None
+        self.teacher_learner = teacher if isinstance(teacher, Learner) else None
         with same_rng(): self.method = as_method(distiller, options)
+        self.teacher = NoTeacher() if teacher is None and is_teacherless(self.method) else _teacher_model(teacher)
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
         taps = self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
@@ -208,7 +210,8 @@ class DistillCallback(Callback):
 
 # %% ../nbs/09_callback.ipynb #4f241c25
 def _teacher_model(teacher):
-    "A model, or that of a Learner"
+    "A model, or that of a Learner; several as one"
+    if isinstance(teacher, (list, tuple)): return Ensemble([_teacher_model(t) for t in teacher])
     teacher = teacher.model if isinstance(teacher, Learner) else teacher
     if isinstance(teacher, nn.Module): return teacher
     raise TypeError("teacher must be an nn.Module or a fastai Learner, "
@@ -452,6 +455,8 @@ def _join(self:DistillCallback):
     self.kd.start(dev, self._part(), dev.type == 'cuda' and getattr(self.trainer, 'sync_bn', False),
                   engine=self._engine_pays())
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
+    left = self.learn.n_epoch - self.learn.epoch
+    self.kd.expect(left, left*len(self.learn.dls.train) if hasattr(self.learn.dls.train, '__len__') else None)
     self.tail.add(self.learn.opt)
     self.joined,self.attached = self.learn.opt,True
 
@@ -657,6 +662,7 @@ class DiffKDCallback(DistillCallback):
         diffusion_weight:float=1., # lambda 1
         reconstruction_weight:float=1., # lambda 2
         weights:dict|None=None, # Tap name to a factor on all its losses
+        paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
@@ -670,7 +676,7 @@ class DiffKDCallback(DistillCallback):
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, **kwargs)
+                    reconstruction_weight=reconstruction_weight, paced=paced, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output, classes)

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from .comparison import Comparison, compare
 from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
-from .methods import METHODS
+from .methods import METHODS, which_method
 from .precision import PRECISIONS
 from .recipes import RECIPES, Recipe, get_recipe
 from .run import run_setup
@@ -26,7 +26,7 @@ from .tasks import open_data, task_of
 from .verify import verify
 
 # %% auto #0
-__all__ = ['FLAGS', 'at_least', 'add_fields', 'given', 'changed_recipe', 'guarded', 'train_parser', 'train_main',
+__all__ = ['FLAGS', 'at_least', 'add_fields', 'given', 'changed_recipe', 'guarded', 'methods_text', 'train_parser', 'train_main',
            'compare_parser', 'compare_main', 'verify_parser', 'verify_main', 'main']
 
 # %% ../nbs/30_commands.ipynb #76c5904a
@@ -161,6 +161,18 @@ def guarded(
         return 3
     except KeyboardInterrupt: print(file=sys.stderr); say(f'interrupted. {kept}'); return 130
 
+# %% ../nbs/30_commands.ipynb #0a44f63e
+def methods_text() -> str:
+    "What each method needs, where it looks, what it adds and when to use it"
+    rows = [f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}\n{'':10}{r.use}"
+            for n,r in which_method().iterrows()]
+    return '\n'.join(map(str.rstrip, '\n'.join(rows).splitlines()))
+
+class _Tell(argparse.Action):
+    "Prints the methods and ends the command, whatever else was given"
+    def __init__(self, **kw): super().__init__(nargs=0, **kw)
+    def __call__(self, parser, *args): print(methods_text()); parser.exit()
+
 # %% ../nbs/30_commands.ipynb #f979152f
 def train_parser() -> argparse.ArgumentParser:
     "Options of `diffkd_train`"
@@ -173,6 +185,7 @@ examples:
   diffkd_train --data cifar100:data --teacher resnet56@teachers/resnet56/student.safetensors --student resnet20 \
 --method diffkd --out runs/diffkd-0
   diffkd_train --data digits --recipe tiny --student small:8 --method alone --out runs/try""")
+    p.add_argument('--methods', action=_Tell, help='say what each method needs, what it adds and when to use it, and end')
     _common(p, required=True)
     p.add_argument('--teacher', help='NAME@FILE, or NAME@WEIGHTS for published ones '
                                      '(torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); not needed by --method alone')

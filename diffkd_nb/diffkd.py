@@ -22,7 +22,7 @@ from .shared_linear import shared_weights
 from .diffusion import N_TIMES, Denoiser, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
 from .controls import ddim_denoise_from, gamma_to_time, log_snr_schedule, own_norms, student_guess
 from .losses import Scores, get_distance
-from .distiller import Distiller
+from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
 __all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'DiffKDDistiller']
@@ -78,7 +78,8 @@ class DiffKD(nn.Module):
         distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits by default
         temperature:float=1., # Temperature of `'kl'` and `'dist'`
         align:str='smaller', # Whose size maps of different size get, see `common_size`
-        output:str|Callable|None=None # What logits mean, see `Scores`; classes by default
+        output:str|Callable|None=None, # What logits mean, see `Scores`; classes by default
+        zscore:bool=False # Compare logits in units of their own spread, see `standard_scores`
     ):
         super().__init__()
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
@@ -93,7 +94,8 @@ class DiffKD(nn.Module):
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
         self.scores = Scores(output, teacher_channels) if kind == 'logits' else None
-        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output)
+        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output,
+                                     zscore and kind == 'logits')
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _CHOICES = dict(kind=('feature', 'logits'), align=('smaller', 'student', 'teacher'), denoiser=('diffusion', 'identity'),
@@ -247,6 +249,7 @@ class DiffKDDistiller(Distiller):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names, stat_names = ('kd', 'diffusion', 'reconstruction'), ('gamma',)
     default_taps, takes = ['feature', 'logits'], dict(feature=(0, math.inf), logits=(0, math.inf))
+    use = 'Where student and teacher differ much, and a dearer step is fine.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
@@ -256,13 +259,18 @@ class DiffKDDistiller(Distiller):
         diffusion_weight:float=1., # lambda 1
         reconstruction_weight:float=1., # lambda 2
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
-        **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature, align
+        paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
+        **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
+                 # align, zscore
     ):
         super().__init__(plan)
         distances, weights = dict(distances or {}), dict(weights or {})
         self.lambdas = dict(kd=kd_weight, diffusion=diffusion_weight, reconstruction=reconstruction_weight)
         self._check_options(distances, weights)
         self.weights = [float(weights.get(n, 1.)) for n in self.names]
+        self.paced = self.hard_labels = paced
+        self.judge = next((t.name for t in plan if t.kind == 'logits'), None)
+        if paced: check_paced(plan)
         kinds = dict(feature=feature_loss, logits=logits_loss)
         self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind,
                                          distance=distances.get(t.name, kinds[t.kind]), output=t.output, **kwargs)
@@ -283,15 +291,24 @@ def _check_options(self:DiffKDDistiller, distances, weights):
 def forward(self:DiffKDDistiller,
     student:Mapping[str,Tensor], # Tap name to (B, C, H, W)
     teacher:Mapping[str,Tensor], # Tap name to (B, D, H', W')
-    target:Tensor|None=None, # Labels; not used
+    target:Tensor|None=None, # Labels; only `paced` uses them
     draws:Draws|None=None, # Source of random numbers; PyTorch's global generator by default
     index:Tensor|None=None # Places of the batch's samples in the training set; not used
 ) -> dict: # `kd`, `diffusion`, `reconstruction`: weighted float32 scalars, summed over taps
     "The losses of one batch"
+    if self.paced: student = self._paced(student, target)
     pairs = [(student[n], teacher[n]) for n in self.names]
     outs = [tap(s, t, *tap.draw(s, t, draws)) for tap,(s,t) in zip(self.taps, pairs)]
     self.stats = {'gamma': torch.stack([o.gamma.detach().mean() for o in outs]).mean()}
     return {k: sum(lam*w*getattr(o, k+'_loss') for w,o in zip(self.weights, outs)) for k,lam in self.lambdas.items()}
+
+@patch
+def _paced(self:DiffKDDistiller, student, target):
+    "The student's maps, whose gradient is weighted by sample"
+    tap = self.taps[self.names.index(self.judge)]
+    scores = student[self.judge].flatten(1)
+    w = edge_weights(tap.scores(scores, scores)[0], check_labels('DiffKD', target, len(scores)))
+    return {n: weigh_samples(m, w) for n,m in student.items()}
 
 # %% ../nbs/05_diffkd.ipynb #bda34c91
 @patch

@@ -8,6 +8,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/distillation.html.md"""
 from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from inspect import signature
 from typing import NamedTuple
 import torch
@@ -19,12 +20,14 @@ from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
-from .methods import METHODS, Method
+from .logits_since import Ensemble
+from .methods import METHODS, Method, get_method
 from .outputs import check_kind, check_values
 from .engine import make_engine
 
 # %% auto #0
-__all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'Step', 'Distillation', 'transformed', 'own_dtype']
+__all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
+           'Distillation', 'transformed', 'own_dtype']
 
 # %% ../nbs/08_distillation.ipynb #b98d74c1
 class Tally:
@@ -150,6 +153,31 @@ def _face(d):
     title = d.__name__ if isinstance(d, type) else type(d).__name__
     return Face(title, tuple(d.loss_names), tuple(getattr(d, 'stat_names', ())), getattr(d, 'hard_labels', False))
 
+# %% ../nbs/08_distillation.ipynb #0f50d5e1
+class NoTeacher(nn.Module):
+    "Stands for the teacher of a method that learns from the student alone"
+
+def is_teacherless(
+    method # A `Method` or a `CustomMethod`
+) -> bool:
+    "Whether a method learns from the student alone"
+    if isinstance(method, Method): return method.name != 'alone' and get_method(method.name).teacherless
+    return getattr(getattr(method.distiller, 'func', method.distiller), 'teacherless', False)
+
+def as_teacher(
+    teacher:nn.Module|Sequence|None, # A model, several, or none for a method that needs none
+    method, # A `Method` or a `CustomMethod`
+    output=None # What logits mean
+) -> nn.Module:
+    "One teacher"
+    if teacher is None and is_teacherless(method): return NoTeacher()
+    if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
+    if isinstance(teacher, Ensemble) and teacher.output is None: teacher.output = output
+    return teacher
+
+def _check_engine(engine):
+    if engine not in ('auto', 'plain'): raise ValueError(f"teacher_engine must be 'auto' or 'plain', got {engine!r}.")
+
 # %% ../nbs/08_distillation.ipynb #1f061e72
 class Step(NamedTuple):
     "What a distillation computed for one batch"
@@ -163,7 +191,7 @@ class Distillation:
     "A student, a teacher, what is compared, and the losses of a batch"
     def __init__(self,
         student:nn.Module, # The model that is trained; hooks are on it only inside `with`
-        teacher:nn.Module, # The model to learn from; left as it is
+        teacher:nn.Module|Sequence|None, # The model to learn from, left as it is; or several, or none
         method='diffkd', # A name (see `METHODS`), a `Method`, a distiller, or a function from a plan to one
         xb:Sequence|Tensor=(), # Inputs to plan with, two samples or more; without them `prepare` does it
         taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default
@@ -177,10 +205,10 @@ class Distillation:
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher answers, equal to rounding, see `make_engine`
         **options # Options of a method that is named
     ):
-        check_pair(student, teacher)
-        if teacher_engine not in ('auto', 'plain'):
-            raise ValueError(f"teacher_engine must be 'auto' or 'plain', got {teacher_engine!r}.")
         self.method = as_method(method, options)
+        self.teacherless = is_teacherless(self.method)
+        teacher = as_teacher(teacher, self.method, output)
+        check_pair(student, teacher); _check_engine(teacher_engine)
         self.student,self.teacher = unwrap(student),teacher
         self.asked_taps,self.seed,self.teacher_transform,self.cache = taps,seed,teacher_transform,cache
         self.context,self.tally,self.observers = context,Tally(),[]
@@ -251,7 +279,8 @@ def prepare(self:Distillation,
     self.engine = None
     self.plan,self.made_of = plan,self.fingerprint()
     self._student_capture = Capture(self.student, {t.name: t.student for t in plan}, 'student')
-    self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
+    self._teacher_capture = None
+    if not self.teacherless: self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
     if self.waiting is not None: self.load_state_dict(self.waiting)
     return self
 
@@ -269,13 +298,15 @@ def _made(self:Distillation, plan):
 def _find_taps(self:Distillation, xb, taps):
     "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
-    seen = self.teacher_input(xb)
-    plan = plan_taps(self.student, self.teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
+    teacher = deepcopy(self.student) if self.teacherless else self.teacher
+    seen = xb if self.teacherless else self.teacher_input(xb)
+    self._check_ensemble(taps)
+    plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
                      output=self.output, classes=self.classes)
     if _tried(self.student, 'student', xb, plan):
         raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would see another "
                          "one: make that operation out of place, or let the student work on x.clone().")
-    self.writes_inputs = _tried(self.teacher, 'teacher', seen, plan)
+    if not self.teacherless: self.writes_inputs = _tried(self.teacher, 'teacher', seen, plan)
     return plan
 
 def _tried(model, role, xb, plan):
@@ -289,6 +320,15 @@ def _tried(model, role, xb, plan):
     return any(not torch.equal(a, b) for a,b in zip(tensors_of(copies), tensors_of(xb)))
 
 def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+# %% ../nbs/08_distillation.ipynb #844365f2
+@patch
+def _check_ensemble(self:Distillation, taps):
+    "`ValueError` for a feature of several teachers that is not named"
+    vague = [t for t in ([taps] if isinstance(taps, str) else taps or ()) if t in ('feature', 'stages')]
+    if vague and isinstance(self.teacher, Ensemble):
+        raise ValueError(f"several teachers have several features, and {vague[0]!r} does not say whose: name it, such as "
+                         "('layer4', 'teachers.0.layer4'), or use a method of class scores such as 'kd'.")
 
 # %% ../nbs/08_distillation.ipynb #ba54710b
 @patch
@@ -364,6 +404,15 @@ def finish(self:Distillation):
     self.teacher.to(dev)
     for m,training in modes.items(): m.training = training
 
+# %% ../nbs/08_distillation.ipynb #710d5b96
+@patch
+def expect(self:Distillation,
+    epochs:int, # Epochs to come, this one included
+    steps:int|None=None # Training steps to come; None where nobody knows
+):
+    "Tell the method how much of the training is left, at the beginning of each epoch; only some need to know"
+    self.distiller.expect(epochs, steps)
+
 # %% ../nbs/08_distillation.ipynb #a8ec7801
 @patch
 def attach(self:Distillation):
@@ -375,7 +424,7 @@ def detach(self:Distillation):
     "Take all hooks away and forget what they kept"
     if self.plan is None: return
     self._student_capture.detach()
-    self._teacher_capture.detach()
+    if self._teacher_capture is not None: self._teacher_capture.detach()
 
 @patch
 def __enter__(self:Distillation):
@@ -437,7 +486,8 @@ def __call__(self:Distillation,
 ) -> Step:
     "The losses of a batch that the student has just seen; the hooks are emptied"
     outputs, student = self._student_capture.take()
-    teacher = self.teacher_maps(xb)
+    if self.teacherless: teacher = {n: m.detach() for n,m in student.items()}
+    else: teacher = self.teacher_maps(xb)
     for n,m in student.items():
         if len(m) != len(teacher[n]):
             raise ValueError(f"tap {n!r}: the student gave {len(m)} samples and the teacher {len(teacher[n])}: "

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import NamedTuple
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .taps import Layout, Place, Tap, unwrap
@@ -18,8 +19,9 @@ from .rng import Draws
 from .losses import OUTPUTS
 
 # %% auto #0
-__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'Distiller',
-           'output_refusal', 'toy_tap', 'Adopted', 'as_distiller']
+__all__ = ['Context', 'check_number', 'check_labels', 'to_float32', 'no_autocast', 'vector_length', 'unit_vector', 'all_samples',
+           'edge_weights', 'check_paced', 'weigh_samples', 'Distiller', 'output_refusal', 'toy_tap', 'Adopted',
+           'as_distiller']
 
 # %% ../nbs/04a_distiller.ipynb #b01e4fbd
 class Context(NamedTuple):
@@ -88,6 +90,45 @@ def unit_vector(
     n = vector_length(x)
     return torch.where(n > 0, x/torch.where(n > 0, n, 1), 0)
 
+# %% ../nbs/04a_distiller.ipynb #2717f4a9
+def all_samples(
+    x:Tensor, # One row for each sample of this process (B, ...); no gradient
+    draws:Draws # Tells how many processes there are
+) -> Tensor: # (B n, ...), the rows of all processes in their order
+    "The samples of the whole batch"
+    if draws.part[1] == 1: return x
+    rows = [torch.empty_like(x) for _ in range(draws.part[1])]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
+
+# %% ../nbs/04a_distiller.ipynb #db47dabb
+def edge_weights(
+    scores:Tensor, # Student's logits (B, K)
+    target:Tensor # Class indices (B,)
+) -> Tensor: # (B,), mean 1; no gradient
+    "p (1 - p) over its mean, p being the student's probability of the right class (PACED)"
+    p = to_float32(scores.detach()).softmax(1).gather(1, target[:, None])[:, 0]
+    w = p*(1 - p)
+    return w/w.mean().clamp(min=1e-12)
+
+def check_paced(
+    plan:Sequence[Tap] # From `plan_taps`
+):
+    "`ValueError` where the student's scores do not say how likely the right class is"
+    taps = [t for t in plan if t.kind == 'logits']
+    right = [t.output in (None, 'classes', 'probabilities') and tuple(t.student.shape[1:]) == (1, 1) for t in taps]
+    if plan and not any(right):
+        raise ValueError("paced=True looks at the student's scores of one class among several, one set per sample, and the "
+                         f"taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'.")
+
+def weigh_samples(
+    x:Tensor, # Student's map (B, ...)
+    weights:Tensor # (B,)
+) -> Tensor: # `x`, whose gradient is weighted
+    "Scale the gradient that each sample sends back"
+    still = x.detach()
+    return still + weights.view(-1, *[1]*(x.dim() - 1)).to(x.dtype)*(x - still)
+
 # %% ../nbs/04a_distiller.ipynb #9cfb415d
 class Distiller(nn.Module):
     "Base of the methods: checks the plan, gives weighted float32 losses; the teacher's maps arrive detached"
@@ -100,6 +141,8 @@ class Distiller(nn.Module):
     dense = False # Whether logits may be maps (B, K, H, W)
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
+    teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice
+    use = '' # When to use it, one sentence
 
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
@@ -202,6 +245,14 @@ def check_batch(self:Distiller,
     if self.training and len(x) < 2:
         raise ValueError(f"{type(self).__name__} normalises over the batch and needs at least 2 samples per training "
                          "step, got a batch of 1. Use a larger batch, or drop_last=True.")
+
+# %% ../nbs/04a_distiller.ipynb #42d92779
+@patch
+def expect(self:Distiller,
+    epochs:int, # Epochs to come, this one included
+    steps:int|None=None # Training steps to come; None where nobody knows
+):
+    "Hear how much of the training is left"
 
 # %% ../nbs/04a_distiller.ipynb #fda3cb77
 @patch

@@ -23,16 +23,26 @@ __all__ = ['FitNet', 'Gaussian', 'VID', 'ABF', 'hcl_loss', 'ReviewKD']
 class FitNet(Distiller):
     "Mean squared error of the maps behind a 1x1 convolution (Romero et al., ICLR 2015)"
     loss_names = ('fitnet',)
+    use = 'The plain comparison of maps; choose tap and weight with care, or relative=True.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
-        weight:float=100. # Factor on the loss; 100 is common for a middle stage, 1 is safer for the last map
+        weight:float=1., # Factor on the loss; 1 suits the last map, 100 is common for a middle stage
+        relative:bool=False # Divide by the teacher's variance: the loss has no unit
     ):
         super().__init__(plan, weight)
+        self.relative = relative
         self.adapters.extend(nn.Conv2d(t.student.shape[0], t.teacher.shape[0], 1) for t in plan)
 
     def losses(self, student, teacher, target=None):
         pairs = [align_maps(s, t) for s,t in zip(student, teacher)]
-        return {'fitnet': sum(F.mse_loss(to_float32(a(s)), t) for a,(s,t) in zip(self.adapters, pairs))}
+        errors = [F.mse_loss(to_float32(a(s)), t) for a,(s,t) in zip(self.adapters, pairs)]
+        if self.relative: errors = [e/_spread(t) for e,(_, t) in zip(errors, pairs)]
+        return {'fitnet': sum(errors)}
+
+def _spread(x):
+    "Mean variance of the channels over samples and positions; 1 where it is 0"
+    var = x.var((0, 2, 3), correction=0).mean()
+    return torch.where(var > 0, var, 1)
 
 # %% ../nbs/06a_feature_methods.ipynb #f1cae3d4
 class Gaussian(nn.Module):
@@ -60,6 +70,7 @@ class Gaussian(nn.Module):
 class VID(Distiller):
     "Gaussian likelihood of the teacher's maps (Ahn et al., CVPR 2019)"
     loss_names, default_taps = ('vid',), ['stages']
+    use = 'For stages of CNNs, where some channels cannot be guessed and should count less.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
         variance:float=5., # Where the variances start
@@ -129,6 +140,7 @@ class ReviewKD(Distiller):
     "Student's stages fused from deep to shallow, against the teacher's (Chen et al., CVPR 2021)"
     loss_names, default_taps = ('review',), ['stages']
     takes = dict(feature=(2, math.inf), logits=(0, 0))
+    use = 'For CNNs with stages, also in dense tasks, where a dearer step is fine.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; two or more feature taps, shallow to deep
         width:int|None=None, # Channels of the fused maps; by default those of the student's deepest stage, at most 512

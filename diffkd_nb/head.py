@@ -17,7 +17,7 @@ from .losses import Scores
 from .distiller import Distiller, check_number, no_autocast, to_float32
 
 # %% auto #0
-__all__ = ['find_classifier', 'TeacherHead', 'SRRL']
+__all__ = ['find_norm', 'find_classifier', 'FrozenNorm', 'TeacherHead', 'SRRL']
 
 # %% ../nbs/06c_head.ipynb #a914bdf5
 def _grid_of(linear, shape):
@@ -34,6 +34,27 @@ def _between(modules, start, end):
     if not start or start not in names: return []
     later = modules[names.index(start)+1:names.index(end)]
     return [n for n,m in later if not n.startswith(start + '.') and next(m.parameters(recurse=False), None) is not None]
+
+# %% ../nbs/06c_head.ipynb #bcb8da02
+def _is_norm(m, channels):
+    "Whether a module normalises vectors of so many channels"
+    if isinstance(m, nn.LayerNorm): return tuple(m.normalized_shape) == (channels,)
+    return isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_features == channels and m.running_mean is not None
+
+def find_norm(
+    teacher:nn.Module, # Model
+    feature:Tap, # Feature tap
+    linear:nn.Linear # Its classifier
+) -> tuple|None: # The layer, and whether it comes before the pooling
+    "The only layer between a tapped map and the classifier, where it is a normalisation"
+    modules, place = list(unwrap(teacher).named_modules()), feature.teacher
+    layer, kinds = next(n for n,m in modules if m is linear), dict(modules)
+    between = _between(modules, place.name, layer)
+    if len(between) != 1 or not _is_norm(kinds[between[0]], place.shape[0]): return None
+    names = [n for n,_ in modules]
+    way = names[names.index(place.name)+1:names.index(between[0])]
+    pooled = any('pool' in type(kinds[n]).__name__.lower() for n in way if not n.startswith(place.name + '.'))
+    return kinds[between[0]], not (pooled or between[0].endswith('fc_norm'))
 
 # %% ../nbs/06c_head.ipynb #e47130d6
 _FIX = ("Tap the map that is pooled before the classifier, or name its last layer with classifier=...; "
@@ -59,19 +80,56 @@ def find_classifier(
         raise ValueError(f"{layer!r} of the teacher is a linear layer from {linear.in_features} to "
                          f"{linear.out_features}, but the tapped map {place.name!r} is {shape} "
                          f"with {classes} classes. {_FIX}")
-    if name is None: _check_way(teacher, modules, place, layer)
+    if name is None: _check_way(teacher, feature, layer, linear, grid)
     return linear, grid
 
 # %% ../nbs/06c_head.ipynb #e6b9941a
-def _check_way(teacher, modules, place, layer):
+def _check_way(teacher, feature, layer, linear, grid):
     "`ValueError` where the layer reads something else than the tapped map"
-    between = _between(modules, place.name, layer)
-    if between:
+    place = feature.teacher
+    between = _between(list(unwrap(teacher).named_modules()), place.name, layer)
+    if between and (find_norm(teacher, feature, linear) is None or grid != (1, 1)):
         raise ValueError(f"between {place.name!r} and {layer!r} the teacher has layers with parameters: "
                          f"{', '.join(between[:4])}. {_FIX}")
     if place.layout.prefix and getattr(unwrap(teacher), 'global_pool', 'token') == 'token':
         raise ValueError(f"the teacher's classifier {layer!r} reads the class token, "
                          f"not the patches of {place.name!r}. {_FIX}")
+
+# %% ../nbs/06c_head.ipynb #6ce3b104
+class FrozenNorm(nn.Module):
+    "A frozen copy of a LayerNorm or BatchNorm, for vectors (..., C)"
+    def __init__(self,
+        norm:nn.Module # The layer
+    ):
+        super().__init__()
+        self.eps, self.kept = norm.eps, not isinstance(norm, nn.LayerNorm)
+        for n in ('weight', 'bias', *(('running_mean', 'running_var') if self.kept else ())):
+            own = getattr(norm, n, None)
+            self.register_buffer(n, None if own is None else own.detach().float().clone(), persistent=False)
+
+    def _unit(self, x):
+        "Vectors in units of their spread, and the spread"
+        if self.kept: mean, var = self.running_mean, self.running_var
+        else: mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+        spread = (var + self.eps).sqrt()
+        return (x - mean)/spread, spread
+
+    def forward(self, x):
+        x = self._unit(to_float32(x))[0]
+        if self.weight is not None: x = x*self.weight
+        return x if self.bias is None else x + self.bias
+
+# %% ../nbs/06c_head.ipynb #69a2343a
+@patch
+def backward(self:FrozenNorm,
+    x:Tensor, # Vectors (..., C)
+    g:Tensor # Gradient of a loss with respect to what they become
+) -> Tensor: # With respect to the vectors
+    "The chain rule"
+    u, spread = self._unit(to_float32(x))
+    if self.weight is not None: g = g*self.weight
+    if self.kept: return g/spread
+    return (g - g.mean(-1, keepdim=True) - u*(g*u).mean(-1, keepdim=True))/spread
 
 # %% ../nbs/06c_head.ipynb #2881a038
 class TeacherHead(nn.Module):
@@ -86,6 +144,8 @@ class TeacherHead(nn.Module):
         if not isinstance(teacher, nn.Module):
             raise ValueError(f"teacher must be an nn.Module, got {type(teacher).__name__}.")
         linear, self.grid = find_classifier(teacher, feature, classes, name)
+        found = find_norm(teacher, feature, linear) if self.grid == (1, 1) else None
+        self.norm, self.before = (FrozenNorm(found[0]), found[1]) if found else (None, False)
         for n in ('weight', 'bias'):
             own = getattr(linear, n)
             self.register_buffer(n, None if own is None else own.detach().clone(), persistent=False)
@@ -93,13 +153,15 @@ class TeacherHead(nn.Module):
 # %% ../nbs/06c_head.ipynb #e664f3db
 @patch
 def pool(self:TeacherHead, x:Tensor) -> Tensor: # (B, C h w)
-    "What the classifier reads of a map (B, C, H, W)"
+    "What the classifier reads of a map (B, C, H, W), before a normalisation behind the pooling"
+    if self.before: x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
     return F.adaptive_avg_pool2d(x, self.grid).flatten(1)
 
 @patch
 def read(self:TeacherHead, pooled:Tensor) -> Tensor: # (B, K)
     "Logits of a pooled map (B, C h w)"
     w, b = (x if x is None else to_float32(x) for x in (self.weight, self.bias))
+    if self.norm is not None and not self.before: pooled = self.norm(pooled)
     with no_autocast(pooled): return F.linear(to_float32(pooled), w, b)
 
 @patch
@@ -121,9 +183,12 @@ def guidance(self:TeacherHead,
     p = self.logits(x).softmax(1)
     w = to_float32(self.weight)
     with no_autocast(w):
-        g = ((F.one_hot(y, p.shape[1]) - p) @ w).view(len(x), -1, *self.grid)
+        g = (F.one_hot(y, p.shape[1]) - p) @ w
+        if self.norm is not None and not self.before: g = self.norm.backward(self.pool(x), g)
+        g = g.view(len(x), -1, *self.grid)
         rows, columns = (_shares(n, k, g) for n,k in zip(x.shape[2:], self.grid))
-        return torch.einsum('bchw,ih,jw->bcij', g, rows, columns)
+        g = torch.einsum('bchw,ih,jw->bcij', g, rows, columns)
+        return self.norm.backward(x.movedim(1, -1), g.movedim(1, -1)).movedim(-1, 1) if self.before else g
 
 # %% ../nbs/06c_head.ipynb #37015d31
 class SRRL(Distiller):
@@ -132,6 +197,7 @@ class SRRL(Distiller):
     default_taps, needs = ['feature', 'logits'], ('teacher',)
     takes = dict(feature=(1, 1), logits=(1, 1))
     outputs = ('classes', 'labels', 'probabilities', 'label_probabilities')
+    use = "For classifiers whose last layer is linear; relu=False where the teacher's last feature is none of a ReLU."
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; one tap of each kind
         teacher:nn.Module, # The teacher; its last layer is copied

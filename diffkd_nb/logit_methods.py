@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
-from .losses import SCORES, Scores, dist_loss, get_distance
-from .distiller import Distiller, check_labels, check_number, to_float32
+from .losses import SCORES, Scores, dist_loss, get_distance, standard_scores
+from .distiller import (Distiller, check_labels, check_number, check_paced, edge_weights, to_float32,
+                                 weigh_samples)
 
 # %% auto #0
 __all__ = ['scores_of', 'KD', 'dkd_loss', 'DKD', 'DIST', 'ofa_loss', 'exit_branch', 'OFA']
@@ -31,18 +32,29 @@ class KD(Distiller):
     "Plain distillation of the logits (Hinton et al., 2015); needs logit taps"
     loss_names, default_taps = ('kd',), ['logits']
     takes, dense = dict(feature=(0, 0), logits=(1, math.inf)), True
+    use = 'The baseline: belongs in every comparison.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
         temperature:float=4., # tau; without effect on values
-        weight:float=1. # Factor on the loss
+        weight:float=1., # Factor on the loss
+        zscore:bool=False, # Compare scores in units of their own spread (Sun et al., CVPR 2024), see `standard_scores`
+        paced:bool=False # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
     ):
         super().__init__(plan, weight)
+        if paced: check_paced(plan)
+        self.paced = self.hard_labels = paced
         self.temperature = check_number('temperature', temperature, positive=True)
         self.scores = scores_of(plan)
-        self.distances = [get_distance('kl', temperature, t.output) for t in plan]
+        self.distances = [get_distance('kl', temperature, t.output, zscore) for t in plan]
 
     def losses(self, student, teacher, target=None):
-        return {'kd': sum(f(*m(s, t)) for f,m,s,t in zip(self.distances, self.scores, student, teacher))}
+        pairs = [m(s, t) for m,s,t in zip(self.scores, student, teacher)]
+        if self.paced: pairs = [(_paced('KD', s, target), t) for s,t in pairs]
+        return {'kd': sum(f(*p) for f,p in zip(self.distances, pairs))}
+
+def _paced(method, scores, target):
+    "Scores whose gradient is weighted by sample"
+    return weigh_samples(scores, edge_weights(scores.flatten(1), check_labels(method, target, len(scores))))
 
 # %% ../nbs/06_logit_methods.ipynb #eb50637d
 def dkd_loss(
@@ -67,16 +79,18 @@ class DKD(Distiller):
     loss_names, default_taps = ('tckd', 'nckd'), ['logits']
     takes, hard_labels = KD.takes, True
     outputs = ('classes', 'probabilities')
+    use = 'With labels, where the teacher is very sure of them.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
         alpha:float=1., # Weight of the target class against the rest
         beta:float=8., # Weight of the rest among themselves
         temperature:float=4., # tau
         weight:float=1., # Factor on both
-        warmup:int=0 # Steps during which the factor rises from 0
+        warmup:int=0, # Steps during which the factor rises from 0
+        zscore:bool=False # Compare scores in units of their own spread, see `standard_scores`
     ):
         super().__init__(plan, weight, warmup)
-        self.scores = scores_of(plan)
+        self.scores, self.zscore = scores_of(plan), zscore
         self.alpha, self.beta = check_number('alpha', alpha), check_number('beta', beta)
         self.temperature = check_number('temperature', temperature, positive=True)
 
@@ -85,6 +99,7 @@ class DKD(Distiller):
 def losses(self:DKD, student, teacher, target=None):
     y = check_labels('DKD', target, len(student[0]))
     scores = [m(s.flatten(1), t.flatten(1)) for m,s,t in zip(self.scores, student, teacher)]
+    if self.zscore: scores = [tuple(map(standard_scores, p)) for p in scores]
     pairs = [dkd_loss(s, t, y, self.temperature) for s,t in scores]
     return {'tckd': self.alpha*sum(a for a,_ in pairs), 'nckd': self.beta*sum(b for _,b in pairs)}
 
@@ -93,6 +108,7 @@ class DIST(Distiller):
     "Relations between classes and between samples (Huang et al., NeurIPS 2022); needs logit taps"
     loss_names, default_taps = ('dist',), ['logits']
     takes, dense, outputs = KD.takes, True, tuple(SCORES)
+    use = 'With a far stronger teacher, where the order of the scores should count and not their size.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'logits'`
         inter:float=2., # Weight of the relation over classes (beta in the paper); a single output has none
@@ -154,6 +170,7 @@ class OFA(Distiller):
     loss_names, default_taps = ('exits', 'logits'), ['exits', 'logits']
     takes, hard_labels = dict(feature=(1, math.inf), logits=(1, 1)), True
     outputs = DKD.outputs
+    use = 'For a teacher of another architecture, say a transformer for a CNN; adds exits and cost.'
     def __init__(self,
         plan:Sequence[Tap], # Student's stages, shallow to deep, each with the teacher's output, and one logit tap
         eps:float=1., # Exponent of the target enhancement; 1.5 in the released program's example for ImageNet

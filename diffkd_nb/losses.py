@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
-           'dist_loss', 'attention', 'attention_mse_loss', 'get_distance']
+           'dist_loss', 'standard_scores', 'attention', 'attention_mse_loss', 'get_distance']
 
 # %% ../nbs/04_losses.ipynb #4fecc47a
 # What the outputs of a model can be, in words
@@ -145,6 +145,16 @@ def dist_loss(
     if s.shape[1] == 1: return temperature**2*intra*(1 - _pearson(s.T, t.T).mean())
     return temperature**2*(inter*(1 - _pearson(s, t).mean()) + intra*(1 - _pearson(s.T, t.T).mean()))
 
+# %% ../nbs/04_losses.ipynb #1127b8e2
+def standard_scores(
+    x:Tensor # Class scores (B, K) or (B, K, H, W)
+) -> Tensor: # The same shape, float32 or float64
+    "Scores less their mean over classes, over their standard deviation; gradient 0 where all are equal (Sun et al., 2024)"
+    x = x if x.dtype == torch.float64 else x.float()
+    var = x.var(1, keepdim=True)
+    spread = torch.where(var > 0, torch.where(var > 0, var, 1).sqrt(), 0)
+    return (x - x.mean(1, keepdim=True))/(spread + 1e-7)
+
 # %% ../nbs/04_losses.ipynb #494a60c3
 def attention(
     x:Tensor, # Feature map (B, C, H, W)
@@ -171,17 +181,28 @@ DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'attention_mse':
 def get_distance(
     name:str|Callable, # A key of `DISTANCES`, or any `f(student, teacher)` that gives a scalar
     temperature:float=1., # Temperature of `'kl'` and `'dist'`; must be positive and finite
-    output:str|Callable|None=None # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance itself
+    output:str|Callable|None=None, # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance itself
+    zscore:bool=False # Compare class scores in units of their own spread, see `standard_scores`
 ) -> Callable: # f(student, teacher) -> scalar
     "A distance of scores by name, `'kl'` being that of their kind; `ValueError` for an unknown one"
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    if zscore: return _of_standard_scores(get_distance(name, temperature, output), output)
     if callable(name): return name
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} "
                          "or a function of (student, teacher).")
     if name not in ('kl', 'dist'): return DISTANCES[name]
     return _of_output(name, temperature, output)
+
+def _of_standard_scores(distance, output):
+    "A distance behind `standard_scores`; `ValueError` for what are no class scores"
+    if callable(output) or SCORES[output or 'classes'] != 'classes':
+        raise ValueError("zscore=True is defined for one class among several: leave it out for other outputs.")
+    return partial(_between_standard_scores, distance)
+
+def _between_standard_scores(distance, student, teacher):
+    return distance(standard_scores(student), standard_scores(teacher))
 
 def _of_output(name, temperature, output):
     "`'kl'` or `'dist'` for a kind of outputs"

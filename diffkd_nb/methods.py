@@ -13,29 +13,36 @@ from inspect import signature
 from fastcore.basics import patch
 from torch import nn
 from .files import InputError
-from .taps import Tap
+from .rng import same_rng
+from .taps import Layout, Place, Tap
 from .distiller import Context, Distiller
 from .diffkd import DiffKD, DiffKDDistiller
 from .logit_methods import DIST, DKD, KD, OFA, dkd_loss, exit_branch, ofa_loss
 from .feature_methods import ABF, FitNet, Gaussian, ReviewKD, VID, hcl_loss
 from .relations import CRD, PKT, RKD, nce_loss, pkt_loss, rkd_losses
 from .head import SRRL, find_classifier
+from .logits_since import GDKD, MEAL, PSKD, TAID, TTM, WTTM
+from .features_since import CanKD, FMKT, LSHFM
+from .dskd import DSKD
 
 # %% auto #0
 __all__ = ['METHODS', 'parse_method', 'get_method', 'option_defaults', 'check_options', 'Together', 'together', 'Method',
-           'all_options', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD',
-           'SRRL', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss',
-           'rkd_losses', 'find_classifier']
+           'all_options', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID',
+           'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM',
+           'CanKD', 'DSKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss',
+           'pkt_loss', 'rkd_losses', 'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #dfe2c85a
-_all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'dkd_loss',
-         'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
+_all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM',
+         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'dkd_loss', 'ofa_loss',
+         'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
          'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #e1e75360
 # Distillers by name
 METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=CRD, srrl=SRRL, vid=VID,
-               reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller)
+               reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller, ttm=TTM, wttm=WTTM, gdkd=GDKD, taid=TAID, pskd=PSKD,
+               meal=MEAL, fmkt=FMKT, lshfm=LSHFM, cankd=CanKD, dskd=DSKD)
 
 def get_method(
     name:str # A key of `METHODS`, or several joined by `'+'`
@@ -128,6 +135,11 @@ def forward(self:Together, student, teacher, target=None, draws=None, index=None
 @patch
 def pieces(self:Together): return [p for m in self.methods.values() for p in m.pieces()]
 
+@patch
+def expect(self:Together, epochs, steps=None):
+    "Tell all parts"
+    for m in self.methods.values(): m.expect(epochs, steps)
+
 # %% ../nbs/07a_methods.ipynb #176f4ac1
 def together(
     *names # Keys of `METHODS`
@@ -137,7 +149,8 @@ def together(
     if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a method twice.")
     union = lambda of: list(dict.fromkeys(x for c in classes for x in getattr(c, of)))
     fields = dict(parts=names, needs=tuple(union('needs')), default_taps=union('default_taps'),
-                  hard_labels=any(c.hard_labels for c in classes), __doc__=f"{' and '.join(names)} at once")
+                  hard_labels=any(c.hard_labels for c in classes), teacherless=all(c.teacherless for c in classes),
+                  __doc__=f"{' and '.join(names)} at once")
     return type('Together', (Together,), fields)
 
 # %% ../nbs/07a_methods.ipynb #4e810899
@@ -245,3 +258,37 @@ def make(self:Method,
     "The distiller; `ValueError` or `TypeError` for a plan or an option that does not fit"
     cls = get_method(self.check().name)
     return cls(plan, **context.of(cls), **{k: v for k,v in self.options.items() if k != 'taps'})
+
+# %% ../nbs/07a_methods.ipynb #0bcad691
+def method_needs(
+    cls:type # Class of a distiller
+) -> str: # '' where it needs no more than a student and a teacher
+    "What a method needs beside the two models, in words"
+    said = {'labels': cls.hard_labels, "teacher's classifier": 'teacher' in cls.needs, 'index': 'index' in cls.needs,
+            'no teacher': cls.teacherless, 'length of the training': cls.expect is not Distiller.expect}
+    return ', '.join(k for k,v in said.items() if v)
+
+# %% ../nbs/07a_methods.ipynb #7016bb5f
+def _example(cls):
+    "Plan and context of a method for a pair of the size of ResNet-32x4 to ResNet-8x4"
+    maps = [(i, (c, s, s)) for i,(c,s) in enumerate(((64, 32), (128, 16), (256, 8)), 1)]
+    last, scores = maps[-1][1], (100, 1, 1)
+    taps = dict(feature=[_example_tap('feature', last, last, name='0')],
+                logits=[_example_tap('logits', scores, scores, 'logits')],
+                stages=[_example_tap(f'stage{i}', s, s) for i,s in maps],
+                exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps])
+    teacher = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 100))
+    return [t for d in cls.default_taps for t in taps[d]], Context(teacher, n_data=2)
+
+def _example_tap(tap, student, teacher, kind='feature', name=''):
+    return Tap(tap, kind, Place('', Layout('map'), student), Place(name, Layout('map'), teacher))
+
+# %% ../nbs/07a_methods.ipynb #84cd48cf
+def which_method(): # -> DataFrame, one row for each method
+    "What each method needs, where it looks, how many parameters it adds, and when to use it"
+    import pandas as pd
+    def row(cls):
+        plan, context = _example(cls)
+        with same_rng(): added = sum(p.numel() for p in cls(plan, **context.of(cls)).parameters())
+        return {'needs': method_needs(cls), 'taps': ', '.join(cls.default_taps), 'adds': f'{added:,}', 'use': cls.use}
+    return pd.DataFrame.from_dict({name: row(cls) for name,cls in METHODS.items()}, orient='index')

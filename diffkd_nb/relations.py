@@ -42,6 +42,7 @@ def rkd_losses(
 class RKD(Distiller):
     "Distances and angles between the samples of a batch (Park et al., CVPR 2019)"
     loss_names = ('distance', 'angle')
+    use = 'A second loss beside another one; widths of features do not matter, the batch should be large.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
         distance:float=25., # Weight of the distances
@@ -73,6 +74,7 @@ def pkt_loss(
 class PKT(Distiller):
     "Similarities between the samples of a batch, as probabilities (Passalis & Tefas, ECCV 2018)"
     loss_names = ('pkt',)
+    use = "As 'rkd', and cheaper."
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
         weight:float=30000. # Factor on the loss
@@ -95,6 +97,7 @@ class CRD(Distiller):
     loss_names, needs = ('crd',), ('n_data', 'labels', 'output', 'draws', 'index')
     takes = dict(feature=(1, 1), logits=(0, 0))
     outputs, instead = ('classes', 'probabilities'), "'rkd', 'pkt' or 'kd'"
+    use = "For long trainings on data that fit its memory; good beside 'kd'."
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; one tap of kind `'feature'`
         n_data:int, # Number of training samples

@@ -179,9 +179,10 @@ def _loaders(opened, job):
 
 def _distilling(opened, job):
     "The distillation callback in a list; none for a student that learns alone"
-    if opened.teacher is None: return []
-    setup, method, teacher = opened.setup, opened.setup.method, opened.teacher.model
-    teacher = teacher.to(memory_format=torch.channels_last if setup.channels_last else torch.contiguous_format)
+    setup, method, teacher = opened.setup, opened.setup.method, opened.teacher and opened.teacher.model
+    if method.name == 'alone': return []
+    layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+    if teacher is not None: teacher = teacher.to(memory_format=layout)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
     try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,

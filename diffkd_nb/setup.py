@@ -17,6 +17,7 @@ from torch import nn
 from .files import InputError
 from .precision import PRECISIONS, slow_precision
 from .methods import Method, parse_method
+from .distillation import is_teacherless
 from .weights import state_hash
 from .recipes import Recipe, get_recipe
 from .rng import same_rng
@@ -52,7 +53,7 @@ def _check(self:Setup):
     "Turn texts into what they name; `InputError` for what cannot be a run"
     method = parse_method(self.method)
     teachers = tuple(self.teachers) if method.name != 'alone' else ()
-    if method.name != 'alone' and not teachers:
+    if method.name != 'alone' and not teachers and not is_teacherless(method):
         raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors.")
     if len(teachers) > 1: raise InputError(f"a run learns from one teacher, got {len(teachers)}.")
     precision = self.precision or 'float32'

@@ -253,6 +253,7 @@ def test_the_table_is_what_happens(name, kind):
         assert f'refused: {e.value}' == said and METHODS[name].__name__ in said
         return
     d = Method(name, options).make(plan, context)
+    d.expect(4, 40)
     ends = {P: lambda x: x.softmax(1), LP: torch.sigmoid}.get(output, lambda x: x)
     def draw(role): return {t.name: (ends if t.kind == 'logits' or t.teacher.shape == (k, 1, 1) and role == 'teacher' else lambda x: x)(
                                 torch.randn(B, *getattr(t, role).shape)) for t in plan}
@@ -261,7 +262,7 @@ def test_the_table_is_what_happens(name, kind):
     sum(out.values()).backward()
     grads = [v.grad for v in s.values() if v.grad is not None] + [p.grad for p in d.parameters() if p.grad is not None]
     assert set(out) == set(d.loss_names) and all(torch.isfinite(v).all() for v in [*out.values(), *grads])
-    if 'logits' in METHODS[name].default_taps and name != 'srrl': assert s['logits'].grad.abs().max() > 0 # not silently nothing
+    if 'logits' in METHODS[name].default_taps and name not in ('srrl', 'lshfm', 'dskd', 'pskd'): assert s['logits'].grad.abs().max() > 0 # not silently nothing
 
 
 @pytest.mark.parametrize('name', ['dkd', 'ofa', 'srrl'])
