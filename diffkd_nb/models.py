@@ -368,6 +368,7 @@ def _from_timm(name, n_classes, in_chans, img_size, drop_path):
 
 def _from_torchvision(name, n_classes, in_chans):
     model = torchvision.models.get_model(name, weights=None, num_classes=n_classes)
+    if getattr(model, 'aux_logits', False): model.aux_logits = False     # these outputs need a loss of their own
     if in_chans == 3: return model
     n, old = next((n, m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)

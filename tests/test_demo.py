@@ -12,6 +12,7 @@ from diffkd_nb.verify import verify
 MAIN = 'diffkd_nb.demo:main'
 
 QUICK = ['--seeds', '1', '--epochs', '1', '--teacher-epochs', '1', '--teacher', 'small:4', '--student', 'small:2', '--batch-size', '16', '--share', '1', '--threads', '1']
+FEW = [*QUICK, '--share', '0.1'] # of the digits
 
 
 @pytest.fixture
@@ -49,13 +50,13 @@ def check_output(out, methods=('alone', 'kd', 'diffkd'), seeds=1, epochs=1):
     made = [json.loads(f.read_text()) for f in out.rglob('manifest.json')]
     assert len(made) == len(found) + 1 and all({'settings', 'environment', 'student_hash', 'hash'} <= set(m) and m['environment']['torch'] for m in made)
     for f in ('maps.png', 'training.png'): assert Image.open(out/f).size[0] > 300
-    report = verify(out)
+    report = verify(out, trust=True)    # images of one's own lie elsewhere
     assert report and all(c.ok for c in report), report
     assert json.loads((out/'settings.json').read_text())['epochs'] == epochs and not list(out.rglob('*.part'))
 
 
 def test_digits_end_to_end(tmp_path):
-    r = workers.command(MAIN, '--out', tmp_path/'o', *QUICK, cwd=tmp_path)
+    r = workers.command(MAIN, '--out', tmp_path/'o', *FEW, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     check_output(tmp_path/'o')
     assert 'last epoch' in r.stdout and str((tmp_path/'o').resolve()) in r.stdout and 'diffkd - kd' in r.stdout and 'Traceback' not in r.stderr
@@ -83,7 +84,7 @@ def wait_for(p, found):
 
 def test_killed_and_started_again(tmp_path):
     "A finished run is not run again; the result is that of an undisturbed run"
-    args = [*QUICK, '--seeds', '2', '--epochs', '3']
+    args = [*FEW, '--seeds', '2', '--epochs', '3']
     whole = workers.command(MAIN, '--out', tmp_path/'whole', *args)
     assert whole.returncode == 0, whole.stderr
     p = workers.start_command(MAIN, '--out', tmp_path/'o', *args)
@@ -98,7 +99,7 @@ def test_killed_and_started_again(tmp_path):
 
 
 def test_interrupt_is_one_line(tmp_path):
-    p = workers.start_command(MAIN, '--out', tmp_path/'o', *QUICK, '--epochs', '500')
+    p = workers.start_command(MAIN, '--out', tmp_path/'o', *FEW, '--epochs', '2000')
     wait_for(p, lambda: list((tmp_path/'o'/'students').rglob('log.csv')))
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]

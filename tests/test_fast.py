@@ -271,7 +271,7 @@ def test_a_callback_can_declare_itself_recordable():
     assert step_of(fit(learner('kd', cbs=[Neutral()], **SHORT), 1)).recorded == 1
 
 
-class Faulty(nn.Module):
+class Faulty(nn.CrossEntropyLoss):
     "A loss with an operation that only the attempt reveals; its value is that of cross entropy"
     def __init__(self, fault): super().__init__(); self.fault = fault
     def forward(self, p, y):

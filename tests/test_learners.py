@@ -502,3 +502,8 @@ def test_googlenet_with_auxiliary_outputs():
     student = torchvision.models.googlenet(num_classes=K, aux_logits=True, init_weights=False)
     cb = kd(output='classes'); fit(Learner(tensor_dls(64, 16), student, loss_func=Main(), cbs=cb), 1, 1e-4)
     assert cb.plan[0].student.key == 'logits' and cb.means['kd'] > 0
+
+
+def test_a_students_auxiliary_outputs_by_name():
+    from diffkd_nb.models import make_model
+    assert make_model('torchvision:googlenet', 4).train()(torch.randn(2, 3, 64, 64)).shape == (2, 4)
