@@ -507,6 +507,7 @@ def test_a_broken_capture_goes_on_plainly_and_the_next_fit_records(method):
     learn = learner(method, loss=Faulty('value'), schedule=False, device='cuda')
     with pytest.warns(UserWarning, match='cannot be recorded'): fit(learn, 1)
     assert step_of(learn).recorded == 0 and len(learn.recorder.losses) == 10
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.rand(2, device='cuda')        # the global generator draws
     learn.loss_func = CrossEntropyLossFlat()
     fit(learn, 3)
