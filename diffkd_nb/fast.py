@@ -53,10 +53,12 @@ class CudaRecording:
 
     def _capture(self, step):
         "Note a step; an empty recording is an error"
-        stream = torch.cuda.Stream()        # PyTorch's default one stays on the device that was recorded first
+        was, stream = torch.cuda.current_stream(), torch.cuda.Stream()      # PyTorch's own would stay on one device
         with warnings.catch_warnings():
             warnings.filterwarnings('error', 'The CUDA Graph is empty')
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode='thread_local'): step()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode='thread_local'): step()
+            finally: torch.cuda.set_stream(was)     # what broke would leave the other one
 
     def replay(self): self.graph.replay()
 

@@ -1,5 +1,5 @@
 """A recorded step against plain steps: results, what cannot be recorded, and what a fit leaves behind."""
-import csv, pickle, warnings
+import csv, pickle, threading, warnings
 from copy import deepcopy
 from functools import cache, partial
 import pytest, torch
@@ -507,6 +507,7 @@ def test_a_broken_capture_goes_on_plainly_and_the_next_fit_records(method):
     learn = learner(method, loss=Faulty('value'), schedule=False, device='cuda')
     with pytest.warns(UserWarning, match='cannot be recorded'): fit(learn, 1)
     assert step_of(learn).recorded == 0 and len(learn.recorder.losses) == 10
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.rand(2, device='cuda')        # the global generator draws
     learn.loss_func = CrossEntropyLossFlat()
     fit(learn, 3)
@@ -519,6 +520,21 @@ def test_worker_processes_and_pinned_memory_do_not_break_a_capture():
     data = [(x, y) for x,y in zip(DIGITS.x.float()/255, DIGITS.y)]
     learn.dls = DataLoaders.from_dsets(data[:320], data[:64], bs=32, device='cuda', num_workers=2, pin_memory=True)
     assert step_of(one_cycle(learn, 3)).recorded == 1
+
+
+class Pins(nn.Module):
+    "A loss beside which another thread pins memory, as a loader's does"
+    def forward(self, p, y):
+        def pin():
+            for n in range(12, 24): torch.empty(2**n).pin_memory()
+        t = threading.Thread(target=pin); t.start(); t.join()
+        return nn.functional.cross_entropy(p, y)
+
+
+@pytest.mark.cuda
+def test_memory_pinned_by_another_thread_does_not_break_a_capture():
+    learn = fit(learner('kd', loss=Pins(), device='cuda', **SHORT), 1)
+    assert step_of(learn).reason is None and step_of(learn).recorded == 1
 
 
 @pytest.mark.cuda

@@ -46,7 +46,7 @@ def test_a_failed_step_stays_and_the_others_go_on_and_nothing_runs_twice(call):
     n = len((call.folder/'calls').read_text().split())
     said = call().communicate(timeout=60)[0]
     again = (call.folder/'calls').read_text().split()[n:]
-    assert said.count('kept ') == 4 and set(again) <= {'other'}
+    assert said.count('kept ') == 6 and set(again) <= {'other'}
 
 
 def test_a_call_ends_in_its_time_and_what_was_stopped_begins_again(call):
