@@ -365,7 +365,7 @@ def _check_method(self:DistillCallback, d):
     if mixed and 'index' in self.method.needs:
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and {mixed[0]} mixes two of them: "
                          "leave one of them out, or use 'kd' or 'dist'.")
-    if mixed and self.cache is not None:
+    if mixed and getattr(self.cache, 'by_view', self.cache is not None):
         raise ValueError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: "
                          f"leave out the cache or {mixed[0]}.")
     if self._part()[1] > 1 and 'index' in self.method.needs:

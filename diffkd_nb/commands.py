@@ -235,6 +235,8 @@ def _grid_options(p):
     p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
     p.add_argument('--executor', choices=list(EXECUTORS), default='process',
                    help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
+    p.add_argument('--share-teacher', action='store_true',
+                   help='train the methods of a pair and a seed in one process, with one forward pass of the teacher')
 
 # %% ../nbs/30_commands.ipynb #9888ee8e
 def _check_compare(p, a):
@@ -248,7 +250,7 @@ def _check_compare(p, a):
 def _compared(a):
     "The comparisons that were asked for"
     if a.show: return [Comparison(a.show)]
-    where = dict(jobs=a.jobs, threads=a.threads, executor=a.executor, minutes=a.minutes)
+    where = dict(jobs=a.jobs, threads=a.threads, executor=a.executor, minutes=a.minutes, share_teacher=a.share_teacher)
     options = {**where, **given(a, _OPTIONS)}
     if not a.table:
         methods = a.methods or ['alone', 'kd', 'diffkd']
