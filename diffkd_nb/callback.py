@@ -181,7 +181,7 @@ class DistillCallback(Callback):
         inputs=None, # A few inputs of the student, to plan before there is a batch; the first training batch by default
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'bf16'`: in bfloat16
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher = _teacher_model(teacher)

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from .comparison import Comparison, compare
 from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
+from .engine import ENGINES
 from .methods import METHODS
 from .precision import PRECISIONS
 from .recipes import RECIPES, Recipe, get_recipe
@@ -54,8 +55,8 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',
     'channels_last': 'keep maps with the channels last (the default)',
-    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding '
-                      '(default: plain)',
+    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding; '
+                      'bf16: the teacher computes in bfloat16 (default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -124,7 +125,7 @@ def _common(p, required):
     add_fields(p, 'channels_last')
     p.add_argument('--channels-first', dest='channels_last', action='store_false', default=None,
                    help='keep maps with the channels first: slower, rounded as in older runs')
-    add_fields(p, 'teacher_engine', choices=['auto', 'plain'])
+    add_fields(p, 'teacher_engine', choices=list(ENGINES))
     add_fields(p, *_OPTIONS[8:])
 
 # %% ../nbs/30_commands.ipynb #1a65d6ce

@@ -19,7 +19,7 @@ from .rng import Draws, same_rng, seeded
 from .taps import Capture, changes_inputs, check_pair, moved, plan_table, plan_taps, unwrap
 from .distiller import Context, as_distiller
 from .methods import METHODS, Method
-from .engine import make_engine
+from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'Step', 'Distillation', 'transformed', 'own_dtype']
@@ -171,12 +171,11 @@ class Distillation:
         context=None, # What the method needs beside the plan: a `Context`, or a function from a tuple of names to one
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: a kind, or a function without arguments that tells it
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher answers, equal to rounding, see `make_engine`
+        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'bf16'`: in bfloat16, see `ENGINES`
         **options # Options of a method that is named
     ):
         check_pair(student, teacher)
-        if teacher_engine not in ('auto', 'plain'):
-            raise ValueError(f"teacher_engine must be 'auto' or 'plain', got {teacher_engine!r}.")
+        if teacher_engine not in ENGINES: raise ValueError(f"teacher_engine must be {ENGINES_TEXT}, got {teacher_engine!r}.")
         self.method = as_method(method, options)
         self.student,self.teacher = unwrap(student),teacher
         self.asked_taps,self.seed,self.teacher_transform,self.cache = taps,seed,teacher_transform,cache
@@ -186,7 +185,8 @@ class Distillation:
         self.output_key,self.output,self.writes_inputs,self.made_of = output_key,output,False,None
         self.waiting = None         # a state that was loaded before there was a plan
         self.same_data = None       # tells whether the data are those of the memory
-        self.teacher_engine,self.engine,self.engine_note,self._may_fold = teacher_engine,None,'plain',False
+        self.teacher_engine,self.engine,self._may_fold = teacher_engine,None,False
+        self.engine_note = 'bf16' if teacher_engine == 'bf16' else 'plain'      # which one answers, and why
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
 # %% ../nbs/08_distillation.ipynb #f6168feb
@@ -372,6 +372,14 @@ def run_teacher(self:Distillation,
     xb = self.teacher_input(xb)
     if self._may_fold: self._fold(xb)
     if self.engine is not None: return self.engine(*xb)
+    if self.teacher_engine == 'bf16':
+        with torch.autocast(tree_leaves(list(xb))[0].device.type, torch.bfloat16): maps = self._ask(xb)
+        return {n: m.float() for n,m in maps.items()}
+    return self._ask(xb)
+
+@patch
+def _ask(self:Distillation, xb):
+    "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
         self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .files import InputError
+from .engine import ENGINES, ENGINES_TEXT
 from .precision import PRECISIONS, slow_precision
 from .methods import Method, parse_method
 from .weights import state_hash
@@ -42,7 +43,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; or `'bf16'`
 
     def __post_init__(self): self._check()
 
@@ -58,8 +59,8 @@ def _check(self:Setup):
     precision = self.precision or 'float32'
     if precision not in PRECISIONS:
         raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
-    if self.teacher_engine not in ('auto', 'plain'):
-        raise InputError(f"teacher_engine must be 'auto' or 'plain', got {self.teacher_engine!r}.")
+    if self.teacher_engine not in ENGINES:
+        raise InputError(f"teacher_engine must be {ENGINES_TEXT}, got {self.teacher_engine!r}.")
     for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
         object.__setattr__(self, name, value)
 
