@@ -3,7 +3,7 @@
     python bench/step.py [--pairs resnet56-resnet20 ...] [--released CHECKOUT] [--device cuda] [--threads 2] [--out results/bench/step_cpu.json]
 
 On a GPU `ours` is what `run(graph=True, precision='bf16')` does. On a CPU it is what `run` does, channels last in float32, and more sides
-show what else there is: `engine` (the teacher folded), `bf16 teacher` (the teacher alone in bf16), `bf16`, and `bf16 engine`. `plain` is the
+show what else there is (`ours teacher` is the forward pass of the teacher alone, what `share_teacher` saves): `engine` (the teacher folded), `bf16 teacher` (the teacher alone in bf16), `bf16`, and `bf16 engine`. `plain` is the
 same Learner with the channels first and without any of it. With `--clock cpu` the milliseconds are those of the process, as a machine with other
 work wants it (one thread only); else those of the wall. Ratios are those of rounds of one run, medians over the rounds; beside them stands the ratio of FLOPs of DiffKD's step and
 KD's, and the load of the machine while the row was measured: a row with more running processes than cores is no figure to quote. `released` is the authors' own KDLoss around their models (CHECKOUT: hunto/image_classification_sota), with the body
@@ -100,6 +100,18 @@ def through_released(parts, teacher, student, method, data, a):
     return train
 
 
+def through_teacher(teacher, data, a, side):
+    "A function that gives the milliseconds of the teacher's part of a step"
+    layout = dict(memory_format=torch.channels_last) if side != 'plain' else {}
+    t = make_model(teacher, 100).to(a.device, **layout).eval()
+    x = (data.x[:a.batch].float()/255 - .5).to(a.device, **layout)
+    def ask():
+        start = NOW[a.clock]()
+        with torch.no_grad(), torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled='bf16' in side): t(x)
+        sync(a.device); return 1000*(NOW[a.clock]() - start)
+    return ask
+
+
 def flops(teacher, student, batch):
     "FLOPs of DiffKD's step over those of KD's"
     x, y, found = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 100, []
@@ -115,6 +127,7 @@ def measure(teacher, student, parts, data, a):
     "One row of the table: medians and their range, ratios round by round"
     names = ['plain', 'ours'] + ([] if a.device.startswith('cuda') else a.sides)
     sides = {f'{side} {m}': through_learner(teacher, student, m, data, a, side) for m in METHODS for side in names}
+    sides.update({f'{side} teacher': through_teacher(teacher, data, a, side) for side in ('plain', 'ours', 'bf16') if side in names})
     busy = [os.getloadavg()[0]]
     if parts and (teacher, student) == ('wrn_40_2', 'wrn_40_1'): sides.update({f'released {m}': through_released(parts, teacher, student, m, data, a) for m in METHODS})
     times = {k: [] for k in sides}
