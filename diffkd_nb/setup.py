@@ -258,6 +258,8 @@ def differs(self:Opened,
     "What is other than on record, in words"
     new = self.settings
     other = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} now' for k in new if old.get(k) != new.get(k)]
+    if new.get('channels_last') and not old.get('channels_last'):
+        other.append('runs with the channels first go on with channels_last=False, --channels-first')
     return '; '.join(other or sorted(set(old) - set(new)))
 
 # %% ../nbs/23_setup.ipynb #d13b0e73
