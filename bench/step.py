@@ -2,9 +2,10 @@
 
     python bench/step.py [--pairs resnet56-resnet20 ...] [--released CHECKOUT] [--device cuda] [--threads 2] [--out results/bench/step_cpu.json]
 
-On a GPU `ours` is what `run(graph=True, precision='bf16')` does. On a CPU it is what `run` does, channels last in float32, and three more sides
-show what else there is: `engine` (the teacher folded), `bf16`, and `bf16 engine`. `plain` is the same Learner with the channels first and
-without any of it. Ratios are those of rounds of one run, medians over the rounds; beside them stands the ratio of FLOPs of DiffKD's step and
+On a GPU `ours` is what `run(graph=True, precision='bf16')` does. On a CPU it is what `run` does, channels last in float32, and more sides
+show what else there is (`ours teacher` is the forward pass of the teacher alone, what `share_teacher` saves): `engine` (the teacher folded), `bf16 teacher` (the teacher alone in bf16), `bf16`, and `bf16 engine`. `plain` is the
+same Learner with the channels first and without any of it. With `--clock cpu` the milliseconds are those of the process, as a machine with other
+work wants it (one thread only); else those of the wall. Ratios are those of rounds of one run, medians over the rounds; beside them stands the ratio of FLOPs of DiffKD's step and
 KD's, and the load of the machine while the row was measured: a row with more running processes than cores is no figure to quote. `released` is the authors' own KDLoss around their models (CHECKOUT: hunto/image_classification_sota), with the body
 of their training loop; it exists for WRN-40-2 -> WRN-40-1. All sides alternate in one process, each on random images that lie where the models
 are, so none of them waits for data. A row is stored as soon as it is measured.
@@ -29,7 +30,9 @@ from diffkd_nb.recipes import get_recipe
 PAIRS = [('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 'resnet8x4'), ('resnet32x4', 'shufflenetv2'), ('resnet32x4', 'shufflenetv1'),
          ('resnet50_cifar', 'mobilenetv2_cifar')]
 METHODS = ('kd', 'diffkd')
-WARM = 5 # Steps before the clock starts: the graph is recorded in the fourth
+ENGINE = {'engine': 'auto', 'bf16 engine': 'auto', 'bf16 teacher': 'bf16'} # Side to `teacher_engine`
+NOW = dict(wall=time.perf_counter, cpu=time.process_time)
+WARM = 5 # Steps before the clock starts on a GPU: the graph is recorded in the fourth; 1 elsewhere
 
 
 def sync(device):
@@ -39,24 +42,24 @@ def sync(device):
 class Clock(Callback):
     "Milliseconds of a step, the first few left out"
     order = 90
-    def __init__(self, device): self.device = device
+    def __init__(self, a): self.device, self.warm, self.now = a.device, a.warm, NOW[a.clock]
     def before_train(self): self.n = 0
     def after_batch(self):
         if not self.training: return
         self.n += 1
-        if self.n == WARM: sync(self.device); self.start = time.perf_counter()
-    def after_train(self): sync(self.device); self.ms = 1000*(time.perf_counter() - self.start)/(self.n - WARM)
+        if self.n == self.warm: sync(self.device); self.start = self.now()
+    def after_train(self): sync(self.device); self.ms = 1000*(self.now() - self.start)/(self.n - self.warm)
 
 
 def through_learner(teacher, student, method, data, a, side):
     "A function that trains some steps and gives the milliseconds of one"
     torch.manual_seed(0)
-    fast, bf16 = side != 'plain', 'bf16' in side or side == 'ours' and a.device.startswith('cuda')
+    fast, bf16 = side != 'plain', side in ('bf16', 'bf16 engine') or side == 'ours' and a.device.startswith('cuda')
     layout = dict(memory_format=torch.channels_last) if fast else {}
-    t, s, clock = make_model(teacher, 100).to(a.device, **layout), make_model(student, 100).to(a.device, **layout), Clock(a.device)
+    t, s, clock = make_model(teacher, 100).to(a.device, **layout), make_model(student, 100).to(a.device, **layout), Clock(a)
     graph = [CudaGraphStep(verbose=False)] if fast and a.device.startswith('cuda') else []
     learn = Learner(array_dls(data, a.batch, device=a.device), s, lr=1e-4, loss_func=CrossEntropyLossFlat(), opt_func=get_recipe('A1').opt_func(),
-                    cbs=[clock, DistillCallback(t, method, verbose=False, inputs=torch.zeros(2, 3, 32, 32), teacher_engine='auto' if 'engine' in side else 'plain'), *graph])
+                    cbs=[clock, DistillCallback(t, method, verbose=False, inputs=torch.zeros(2, 3, 32, 32), teacher_engine=ENGINE.get(side, 'plain')), *graph])
     if fast: learn.distill.distiller.to(**layout)
     if bf16: learn.to_bf16()
     def train():
@@ -90,11 +93,23 @@ def through_released(parts, teacher, student, method, data, a):
         l.backward(); opt.step(); l.item()
     def train():
         s.train()
-        for i in range(WARM): step(i)
-        sync(a.device); start = time.perf_counter()
-        for i in range(WARM, WARM + a.steps): step(i)
-        sync(a.device); return 1000*(time.perf_counter() - start)/a.steps
+        for i in range(a.warm): step(i)
+        sync(a.device); start = NOW[a.clock]()
+        for i in range(a.warm, a.warm + a.steps): step(i)
+        sync(a.device); return 1000*(NOW[a.clock]() - start)/a.steps
     return train
+
+
+def through_teacher(teacher, data, a, side):
+    "A function that gives the milliseconds of the teacher's part of a step"
+    layout = dict(memory_format=torch.channels_last) if side != 'plain' else {}
+    t = make_model(teacher, 100).to(a.device, **layout).eval()
+    x = (data.x[:a.batch].float()/255 - .5).to(a.device, **layout)
+    def ask():
+        start = NOW[a.clock]()
+        with torch.no_grad(), torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled='bf16' in side): t(x)
+        sync(a.device); return 1000*(NOW[a.clock]() - start)
+    return ask
 
 
 def flops(teacher, student, batch):
@@ -110,12 +125,14 @@ def flops(teacher, student, batch):
 
 def measure(teacher, student, parts, data, a):
     "One row of the table: medians and their range, ratios round by round"
-    names = ['plain', 'ours'] + ([] if a.device.startswith('cuda') else ['engine', 'bf16', 'bf16 engine'])
+    names = ['plain', 'ours'] + ([] if a.device.startswith('cuda') else a.sides)
     sides = {f'{side} {m}': through_learner(teacher, student, m, data, a, side) for m in METHODS for side in names}
+    sides.update({f'{side} teacher': through_teacher(teacher, data, a, side) for side in ('plain', 'ours', 'bf16') if side in names})
     busy = [os.getloadavg()[0]]
     if parts and (teacher, student) == ('wrn_40_2', 'wrn_40_1'): sides.update({f'released {m}': through_released(parts, teacher, student, m, data, a) for m in METHODS})
     times = {k: [] for k in sides}
-    for f in sides.values(): f()
+    if a.device.startswith('cuda'):
+        for f in sides.values(): f()        # elsewhere the first step of each round warms up
     for _ in range(a.rounds):
         for k,f in sides.items(): times[k].append(f())
     busy.append(os.getloadavg()[0])
@@ -134,12 +151,14 @@ def main():
     p.add_argument('--pairs', nargs='+', default=['-'.join(q) for q in PAIRS], help='teacher-student'); p.add_argument('--released', type=Path)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--batch', type=int, default=64)
     p.add_argument('--steps', type=int, help='steps of a round (200 on a GPU, 8 elsewhere)'); p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--threads', type=int, default=2); p.add_argument('--out', type=Path)
+    p.add_argument('--threads', type=int, default=2); p.add_argument('--clock', choices=NOW, default='wall')
+    p.add_argument('--sides', nargs='*', default=['engine', 'bf16 teacher', 'bf16', 'bf16 engine'], help='on a CPU, beside plain and ours'); p.add_argument('--out', type=Path)
     a = p.parse_args()
     a.steps = a.steps or (200 if a.device.startswith('cuda') else 8)
+    a.warm = WARM if a.device.startswith('cuda') else 1
     callback.ENGINE_STEPS = 0       # also in the short rounds of a measurement
     warnings.filterwarnings('ignore'); torch.set_num_threads(a.threads); torch.manual_seed(0)
-    n = a.batch*(a.steps + WARM)
+    n = a.batch*(a.steps + a.warm)
     x, y = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 100
     data = ImageArrays(x, y, x[:2], y[:2], [str(i) for i in range(100)], 'random', stats=STATS['cifar100'])
     parts, rows = released_parts(a.released) if a.released else None, []
@@ -150,7 +169,7 @@ def main():
         if row['load'][-1] > row['cores']: print(f"load {row['load'][-1]:.1f} on {row['cores']} cores: not a quiet machine", flush=True)
         print(f"{row['teacher']} -> {row['student']}: FLOPs {row['flops_diffkd_to_kd']:.2f}; " + ', '.join(f'{k} {v:g} ms' for k,v in row['ms'].items()) + f"; DiffKD {row['diffkd_to_kd']:.2f} of KD's step, {row['faster_than_plain']['diffkd']:.2f} times as fast as plain"
               + (f", {r['diffkd']:.2f} times as fast as the released program (KD: {r['kd']:.2f})" if r else ''), flush=True)
-        if a.out: write_whole(a.out, json.dumps(dict(bench='step', batch=a.batch, steps=a.steps, rounds=a.rounds, threads=a.threads, rows=rows, code=code_version(), environment=environment(a.device)), indent=1))
+        if a.out: write_whole(a.out, json.dumps(dict(bench='step', batch=a.batch, steps=a.steps, rounds=a.rounds, threads=a.threads, clock=a.clock, rows=rows, code=code_version(), environment=environment(a.device)), indent=1))
 
 
 if __name__ == '__main__': main()

@@ -185,7 +185,7 @@ class DistillCallback(Callback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'bf16'`: in bfloat16
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher_learner = teacher if isinstance(teacher, Learner) else None
@@ -391,7 +391,7 @@ def _check_method(self:DistillCallback, d):
     if mixed and 'index' in self.method.needs:
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and {mixed[0]} mixes two of them: "
                          "leave one of them out, or use 'kd' or 'dist'.")
-    if mixed and self.cache is not None:
+    if mixed and getattr(self.cache, 'by_view', self.cache is not None):
         raise ValueError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: "
                          f"leave out the cache or {mixed[0]}.")
     if self._part()[1] > 1 and 'index' in self.method.needs:

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from .comparison import Comparison, compare
 from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
+from .engine import ENGINES
 from .methods import METHODS, which_method
 from .precision import PRECISIONS
 from .recipes import RECIPES, Recipe, get_recipe
@@ -54,8 +55,8 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',
     'channels_last': 'keep maps with the channels last (the default)',
-    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding '
-                      '(default: plain)',
+    'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding; '
+                      'bf16: the teacher computes in bfloat16 (default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -124,7 +125,7 @@ def _common(p, required):
     add_fields(p, 'channels_last')
     p.add_argument('--channels-first', dest='channels_last', action='store_false', default=None,
                    help='keep maps with the channels first: slower, rounded as in older runs')
-    add_fields(p, 'teacher_engine', choices=['auto', 'plain'])
+    add_fields(p, 'teacher_engine', choices=list(ENGINES))
     add_fields(p, *_OPTIONS[8:])
 
 # %% ../nbs/30_commands.ipynb #1a65d6ce
@@ -248,6 +249,8 @@ def _grid_options(p):
     p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
     p.add_argument('--executor', choices=list(EXECUTORS), default='process',
                    help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
+    p.add_argument('--share-teacher', action='store_true',
+                   help='train the methods of a pair and a seed in one process, with one forward pass of the teacher')
 
 # %% ../nbs/30_commands.ipynb #9888ee8e
 def _check_compare(p, a):
@@ -261,7 +264,7 @@ def _check_compare(p, a):
 def _compared(a):
     "The comparisons that were asked for"
     if a.show: return [Comparison(a.show)]
-    where = dict(jobs=a.jobs, threads=a.threads, executor=a.executor, minutes=a.minutes)
+    where = dict(jobs=a.jobs, threads=a.threads, executor=a.executor, minutes=a.minutes, share_teacher=a.share_teacher)
     options = {**where, **given(a, _OPTIONS)}
     if not a.table:
         methods = a.methods or ['alone', 'kd', 'diffkd']

@@ -19,6 +19,7 @@ from .methods import parse_method
 from .recipes import Recipe, get_recipe
 from .published import published
 from .setup import Job, Setup, Sources, split_options
+from .shared_teacher import check_shared
 from .statistics import holm, interval, paired_test, verdict_word
 from .tasks import get_task, task_of
 
@@ -97,12 +98,14 @@ def compare(
     executor:str='process', # `'process'`, `'ray'` or `'here'`
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
+    share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one forward pass of the teacher
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
     recipe, out = get_recipe(recipe), Path(out)
     _check_call(data, executor, minutes)
+    if share_teacher: check_shared(options, executor)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
     runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, options)
     sources = Sources(options.get('weights'))
@@ -111,7 +114,7 @@ def compare(
                 data=sources.data(data).name)
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
     tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
-    failed = EXECUTORS[executor](jobs)(todo, tick, deadline)
+    failed = EXECUTORS[executor](jobs, share_teacher)(todo, tick, deadline)
     return _finished(out, failed)
 
 # %% ../nbs/27_comparison.ipynb #710f5301

@@ -68,7 +68,13 @@ def embed(self:Denoiser, t:Tensor) -> Tensor: # (n, L)
 @patch
 def predict(self:Denoiser, x:Tensor, emb:Tensor) -> Tensor: # The shape of `x`
     "Guess the noise in `x`, given its times' vectors, (B, L) or (1, L)"
-    return self.net(x + (emb[..., None, None] if self.kind == 'feature' else emb))
+    x = x + (emb[..., None, None] if self.kind == 'feature' else emb)
+    return self.net(_as_computed(x) if self.kind == 'feature' else x)
+
+def _as_computed(x):
+    "Under autocast on the CPU, a map in the precision that the layers compute in, once in place of once a layer"
+    if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'): return x
+    return x.to(torch.get_autocast_dtype('cpu'))
 
 @patch
 def forward(self:Denoiser, x:Tensor, t:Tensor|int) -> Tensor: # The shape of `x`

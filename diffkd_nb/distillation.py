@@ -23,7 +23,7 @@ from .distiller import Context, as_distiller
 from .logits_since import Ensemble
 from .methods import METHODS, Method, get_method
 from .outputs import check_kind, check_values
-from .engine import make_engine
+from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
@@ -176,7 +176,7 @@ def as_teacher(
     return teacher
 
 def _check_engine(engine):
-    if engine not in ('auto', 'plain'): raise ValueError(f"teacher_engine must be 'auto' or 'plain', got {engine!r}.")
+    if engine not in ENGINES: raise ValueError(f"teacher_engine must be {ENGINES_TEXT}, got {engine!r}.")
 
 # %% ../nbs/08_distillation.ipynb #1f061e72
 class Step(NamedTuple):
@@ -202,7 +202,7 @@ class Distillation:
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: class scores by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher answers, equal to rounding, see `make_engine`
+        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'bf16'`: in bfloat16, see `ENGINES`
         **options # Options of a method that is named
     ):
         self.method = as_method(method, options)
@@ -215,9 +215,9 @@ class Distillation:
         self.plan = self.distiller = self.generator = self.made_of = None
         self.draws,self._lent,self._recording,self.writes_inputs = Draws(),None,False,False
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
-        self.waiting = None         # a state that was loaded before there was a plan
-        self.same_data = None       # tells whether the data are those of the memory
-        self.teacher_engine,self.engine,self.engine_note,self._may_fold = teacher_engine,None,'plain',False
+        self.waiting = self.same_data = None    # a state that came before the plan; tells whether the data are the memory's
+        self.teacher_engine,self.engine,self._may_fold = teacher_engine,None,False
+        self.engine_note = 'bf16' if teacher_engine == 'bf16' else 'plain'      # which one answers, and why
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
 # %% ../nbs/08_distillation.ipynb #f6168feb
@@ -445,6 +445,14 @@ def run_teacher(self:Distillation,
     xb = self.teacher_input(xb)
     if self._may_fold: self._fold(xb)
     if self.engine is not None: return self.engine(*xb)
+    if self.teacher_engine == 'bf16':
+        with torch.autocast(tree_leaves(list(xb))[0].device.type, torch.bfloat16): maps = self._ask(xb)
+        return {n: m.float() for n,m in maps.items()}
+    return self._ask(xb)
+
+@patch
+def _ask(self:Distillation, xb):
+    "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
         self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .taps import Capture, Place
 
 # %% auto #0
-__all__ = ['foldable', 'fold', 'TeacherEngine', 'make_engine']
+__all__ = ['ENGINES', 'ENGINES_TEXT', 'foldable', 'fold', 'TeacherEngine', 'make_engine']
 
 # %% ../nbs/07c_engine.ipynb #59171516
 _CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -81,6 +81,12 @@ class TeacherEngine(nn.Module):
             return self.capture.maps()
 
 # %% ../nbs/07c_engine.ipynb #3eb531bf
+ENGINES = dict( # How the teacher of a distillation may answer
+    plain='itself',
+    auto='by a folded copy in long trainings, equal to rounding',
+    bf16='in bfloat16 also where the student is in float32')
+ENGINES_TEXT = "'plain', 'auto' or 'bf16'"
+
 def make_engine(
     teacher:nn.Module, # In eval mode; left as it is
     places:Mapping[str,Place], # Tap name to place

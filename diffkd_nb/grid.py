@@ -19,6 +19,7 @@ from .files import InputError, write_whole
 from .methods import parse_method
 from .run import run_setup
 from .setup import Job, Setup, Sources
+from .shared_teacher import grouped, run_together
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'Cell', 'grid_cells']
@@ -55,21 +56,25 @@ def grid_cells(
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
 
 # %% ../nbs/26_grid.ipynb #70d38aac
-def _work(setup, job, sources=None):
-    "Run one cell"
+def _work(cells, sources=None): # Folder to the error of a cell that cannot be run
+    "Run one cell, or several with one teacher"
+    cells = [(setup, replace(job, progress=False)) for setup,job in cells]
+    setup, job = cells[0]
     torch.set_num_threads(job.threads or os.cpu_count() or 1)
-    return run_setup(setup, replace(job, progress=False), sources)
+    if len(cells) > 1: return run_together(cells, sources)
+    try: run_setup(setup, job, sources)
+    except InputError as e: return {str(job.out): f'InputError: {e}'}
+    return {}
 
 class _Here:
     "Runs cells one after the other in this process"
-    def __init__(self, jobs): pass
+    def __init__(self, jobs, share=False): self.share = share
     def __call__(self, todo, tick, deadline=math.inf):
         failed, threads = {}, torch.get_num_threads()
         sources = Sources(todo[0][1].weights) if todo else None     # opened once for all cells
-        for setup,job in todo:
+        for cells in grouped(todo, self.share):
             if time.monotonic() > deadline: break
-            try: _work(setup, job, sources)
-            except InputError as e: failed[str(job.out)] = f'InputError: {e}'
+            failed.update(_work(cells, sources))
             tick()
         torch.set_num_threads(threads)
         return failed
@@ -83,16 +88,21 @@ def _context():
     return context
 
 # %% ../nbs/26_grid.ipynb #e56951d8
-def _worker(setup, job, env):
-    "Run one cell; exit status 0 or 1, the error as the last line of standard error"
-    with open(f"{job['out']}.err", 'w') as f: os.dup2(f.fileno(), 2)
+def _worker(cells, env):
+    "Run cells; exit status 0 or 1, the error as the last line of standard error"
+    cells = [(Setup.from_dict(setup), Job.from_dict(job)) for setup,job in cells]
+    with open(_messages(cells[0][1]), 'w') as f: os.dup2(f.fileno(), 2)
     with open(os.devnull, 'w') as f: os.dup2(f.fileno(), 1)
     os.environ.update(env)
     threading.Thread(target=_watch, daemon=True).start()
     warnings.simplefilter('ignore')
-    try: _work(Setup.from_dict(setup), Job.from_dict(job))
+    try: failed = _work(cells)
     except KeyboardInterrupt: sys.exit(130)
-    except InputError as e: sys.exit(f'InputError: {e}')
+    for out,why in failed.items():
+        if out != str(cells[0][1].out): Path(f'{out}.err').write_text(why)
+    if failed: sys.exit(failed.get(str(cells[0][1].out), 'another cell failed'))
+
+def _messages(job): return Path(f'{job.out}.err')
 
 def _watch():
     "End with the process that started this one"
@@ -128,41 +138,49 @@ def _serve(context):
         first = context.Process(target=int); first.start()
     first.join()
 
-def _start(context, setup, job):
-    "A worker that runs one cell"
-    env = dict(OMP_NUM_THREADS=str(job.threads or os.cpu_count() or 1), PYTHONWARNINGS='ignore')
-    p = context.Process(target=_worker, args=(setup.to_dict(), job.to_dict(), {**os.environ, **env}))
+def _start(context, cells):
+    "A worker that runs some cells"
+    env = dict(OMP_NUM_THREADS=str(cells[0][1].threads or os.cpu_count() or 1), PYTHONWARNINGS='ignore')
+    texts = [(setup.to_dict(), job.to_dict()) for setup,job in cells]
+    p = context.Process(target=_worker, args=(texts, {**os.environ, **env}))
     with _aside(**env): p.start()
     return p
 
 # %% ../nbs/26_grid.ipynb #02335c6d
 class _Processes:
     "Runs cells in processes of this machine, a few at a time"
-    def __init__(self, jobs): self.jobs = jobs
+    def __init__(self, jobs, share=False): self.jobs,self.share = jobs,share
     def __call__(self, todo, tick, deadline=math.inf):
-        context, waiting, running, failed = _context(), list(todo), {}, {}
+        context, waiting, running, failed = _context(), grouped(todo, self.share), {}, {}
         try:
             if waiting and context.get_start_method() == 'forkserver': _serve(context)
             while (waiting or running) and time.monotonic() < deadline:
                 while waiting and len(running) < self.jobs:
-                    setup, job = waiting.pop(0)
-                    with _no_interrupt(): running[_start(context, setup, job)] = job
+                    cells = waiting.pop(0)
+                    with _no_interrupt(): running[_start(context, cells)] = cells
                 connection.wait([p.sentinel for p in running], .2); tick()
                 for p in [p for p in running if p.exitcode is not None]: self._end(p, running.pop(p), failed)
         finally:
             for p in running: p.terminate()
-            for p,job in running.items(): p.join(); Path(f'{job.out}.err').unlink(missing_ok=True)
+            for p,cells in running.items():
+                p.join()
+                for _,job in cells: _messages(job).unlink(missing_ok=True)
         return failed
 
 # %% ../nbs/26_grid.ipynb #d6e442bc
 @patch
-def _end(self:_Processes, p, job, failed):
-    "Note what a worker failed by; the messages of one that did not are deleted"
-    log = Path(f'{job.out}.err')
-    if not p.exitcode: return log.unlink(missing_ok=True)
-    lines = log.read_text().strip().splitlines() if log.is_file() else []
+def _end(self:_Processes, p, cells, failed):
+    "Note what a worker failed by; the messages of cells that did not are deleted"
     by = f' (killed by signal {-p.exitcode})' if p.exitcode < 0 else ''
-    failed[str(job.out)] = (lines or ['no message'])[-1] + by
+    first = _last_line(_messages(cells[0][1]))
+    for _,job in cells:
+        log = _messages(job)
+        if not p.exitcode or (job.out/'manifest.json').is_file(): log.unlink(missing_ok=True); continue
+        failed[str(job.out)] = (_last_line(log) or first or 'no message') + by
+
+def _last_line(log):
+    lines = log.read_text().strip().splitlines() if log.is_file() else []
+    return lines[-1] if lines else ''
 
 # %% ../nbs/26_grid.ipynb #0cdddb02
 def _ray_cell(setup, job, token):
@@ -170,8 +188,9 @@ def _ray_cell(setup, job, token):
     shared, out = Path(token).is_file(), Path(job['out'])
     name = hashlib.sha256(json.dumps([setup, job], sort_keys=True).encode()).hexdigest()[:24]
     if not shared: out = Path.home()/'.cache'/'diffkd_nb'/'ray'/name
-    try: _work(Setup.from_dict(setup), replace(Job.from_dict(job), out=out))
+    try: failed = _work([(Setup.from_dict(setup), replace(Job.from_dict(job), out=out))])
     except Exception as e: return f'{type(e).__name__}: {e}', {}
+    if failed: return failed[str(out)], {}
     kept = ('.json', '.csv', '.safetensors')
     return None, {} if shared else {f.name: f.read_bytes() for f in out.iterdir() if f.suffix in kept}
 
@@ -185,7 +204,7 @@ def _import_ray():
 # %% ../nbs/26_grid.ipynb #c3dcf277
 class _Ray:
     "Runs cells on a Ray cluster (the one that `ray.init` finds, or a local one)"
-    def __init__(self, jobs): self.jobs = jobs
+    def __init__(self, jobs, share=False): self.jobs = jobs     # each cell has its own teacher
     def __call__(self, todo, tick, deadline=math.inf):
         ray, failed = _import_ray(), {}
         if not todo: return failed

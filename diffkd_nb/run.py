@@ -52,7 +52,8 @@ class RunLog(Callback):
     order = 70
     def __init__(self, rows=(), train_seconds=()):
         self.rows,self.train_seconds,self.active = list(rows),list(train_seconds),False
-    def before_train(self): self.sum,self.n_seen,self.active,self.t0 = 0.,0,True,time.perf_counter()
+        self.waited = 0.        # seconds in which other runs of this process worked
+    def before_train(self): self.sum,self.n_seen,self.active,self.t0 = 0.,0,True,time.perf_counter() - self.waited
     def after_batch(self):
         if not (self.training and self.active): return
         n = len(self.yb[0])
@@ -63,7 +64,7 @@ class RunLog(Callback):
 @patch
 def after_train(self:RunLog):
     if torch.device(self.dls.device or 'cpu').type == 'cuda': torch.cuda.synchronize(self.dls.device)
-    self.train_seconds.append(time.perf_counter() - self.t0)
+    self.train_seconds.append(time.perf_counter() - self.waited - self.t0)
     if world_size() == 1: return
     from diffkd_nb.distributed import sum_over_processes
     self.sum, self.n_seen = sum_over_processes(self.sum), sum_over_processes(self.n_seen)
@@ -218,7 +219,8 @@ def _take_up(out, opened):
 def run_setup(
     setup:Setup, # What to run
     job:Job, # Where
-    sources:Sources|None=None # Where data and teachers are opened, perhaps for many runs
+    sources:Sources|None=None, # Where data and teachers are opened, perhaps for many runs
+    cbs=() # Further callbacks
 ) -> dict: # The manifest
     "Train one student, or go on where it stopped; a finished run gives its manifest"
     if (said := setup.warning(job.place)) and not process_rank(): print(said, file=sys.stderr)
@@ -230,7 +232,7 @@ def run_setup(
         def begin(): stack.enter_context(only_one(out)); return _take_up(out, opened)
         manifest, state = make(begin)
         if manifest is not None: return manifest
-        learn, began, seconds = _train(opened, job, state)
+        learn, began, seconds = _train(opened, job, state, cbs)
         return make(lambda: _finish(learn, opened, job, began, seconds))
 
 # %% ../nbs/24_run.ipynb #50942099
@@ -248,12 +250,12 @@ def _show_progress(learn, setup):
     learn.add_cb(_Bar(bar))
 
 # %% ../nbs/24_run.ipynb #b6a0ef5c
-def _train(opened, job, state):
+def _train(opened, job, state, cbs):
     "The trained Learner, the epoch at which it began, seconds"
     start, epochs, began = time.perf_counter(), opened.setup.recipe.epochs, 0 if state is None else state['epoch']
     log = RunLog() if state is None else RunLog(state['rows'], state['train_seconds'])
     look = [DenoisingDiagnostics()] if job.diagnostics and opened.setup.method.name == 'diffkd' else []
-    learn = learner(opened, job, [log, Checkpoint(job.out, opened.settings, job.checkpoint_every), *look])
+    learn = learner(opened, job, [log, Checkpoint(job.out, opened.settings, job.checkpoint_every), *look, *cbs])
     if job.place.type == 'cuda': torch.cuda.reset_peak_memory_stats(job.place)
     if state is not None: learn.checkpoint.restore(state)
     shared = nullcontext()
@@ -261,7 +263,7 @@ def _train(opened, job, state):
     if job.progress and not process_rank(): _show_progress(learn, opened.setup)
     if began < epochs:
         with shared, learn.no_bar(), learn.no_logging(): learn.fit(epochs, start_epoch=began)
-    return learn, began, time.perf_counter() - start
+    return learn, began, time.perf_counter() - log.waited - start
 
 # %% ../nbs/24_run.ipynb #86d625c2
 def _status(rows, out):
@@ -311,6 +313,8 @@ def _cost(learn, job, began, seconds):
     if not on_gpu and 'mixed_precision' in [cb.name for cb in learn.cbs]: cost['bf16'] = bf16_instructions() or 'no instructions'
     if d is not None and d.teacher_engine != 'plain': cost['teacher_engine'] = d.engine_note
     if graph is not None: cost['graph'] = 'recorded' if graph.recorded else graph.reason
+    for cb in learn.cbs:
+        if hasattr(type(cb), 'on_record'): cost.update(cb.on_record())
     if max(processes) > 1: cost['processes'] = list(processes)
     return cost
 
@@ -339,7 +343,7 @@ def run(
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True, # Show a progress bar
     amp:str|None=None, # An older name of `precision`
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, see `make_engine`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers; `'bf16'`: in bfloat16, see `ENGINES`
 ) -> dict: # The manifest
     "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .files import InputError
+from .engine import ENGINES, ENGINES_TEXT
 from .precision import PRECISIONS, slow_precision
 from .methods import Method, parse_method
 from .distillation import is_teacherless
@@ -43,7 +44,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; or `'bf16'`
 
     def __post_init__(self): self._check()
 
@@ -59,8 +60,8 @@ def _check(self:Setup):
     precision = self.precision or 'float32'
     if precision not in PRECISIONS:
         raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
-    if self.teacher_engine not in ('auto', 'plain'):
-        raise InputError(f"teacher_engine must be 'auto' or 'plain', got {self.teacher_engine!r}.")
+    if self.teacher_engine not in ENGINES:
+        raise InputError(f"teacher_engine must be {ENGINES_TEXT}, got {self.teacher_engine!r}.")
     for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
         object.__setattr__(self, name, value)
 
@@ -258,6 +259,8 @@ def differs(self:Opened,
     "What is other than on record, in words"
     new = self.settings
     other = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} now' for k in new if old.get(k) != new.get(k)]
+    if new.get('channels_last') and not old.get('channels_last'):
+        other.append('runs with the channels first go on with channels_last=False, --channels-first')
     return '; '.join(other or sorted(set(old) - set(new)))
 
 # %% ../nbs/23_setup.ipynb #d13b0e73

@@ -45,6 +45,21 @@ def test_in_bf16_within_the_rounding_of_a_layer_a_layer():
     for n, z in exact.items(): assert (half[n].float() - z).norm() <= 36*2**-8*z.norm()
 
 
+def test_a_teacher_in_bf16_for_a_student_in_float32():
+    "Its maps are float32 within the same bound, and are those of autocast; the student computes in float32"
+    student, teacher, x = tv('resnet18'), lively(tv('resnet34')), torch.randn(4, 3, 32, 32)
+    plain, half = (Distillation(student, teacher, 'diffkd', xb=x[:2], seed=0, teacher_engine=e) for e in ('plain', 'bf16'))
+    with plain: exact = plain.teacher_maps(x)
+    with half:
+        maps = half.teacher_maps(x)
+        step = (student(x), half(x))[1]
+    with plain, torch.autocast('cpu', torch.bfloat16): cast = plain.teacher_maps(x)
+    for n, z in exact.items():
+        assert maps[n].dtype == torch.float32 and torch.equal(maps[n], cast[n].float()) and not torch.equal(maps[n], z)
+        assert (maps[n] - z).norm() <= 36*2**-8*z.norm()
+    assert all(m.dtype == torch.float32 for m in step.student.values()) and half.engine_note == 'bf16'
+
+
 def test_a_tapped_convolution_keeps_its_own_output():
     teacher, student, x = lively(sequential(20)).eval(), sequential(6), torch.randn(4, 3, 32, 32)
     places = {t.name: t.teacher for t in plan_taps(student, teacher, x[:2], taps=[('0', '0'), ('3', '4')])}
@@ -96,4 +111,4 @@ def test_a_run_has_its_engine_on_record(tmp_path, monkeypatch):
     assert 'teacher_engine' not in plain['settings'] and 'teacher_engine' not in plain['cost']
     assert auto['settings']['teacher_engine'] == 'auto' and auto['cost']['teacher_engine'] == 'folded'
     assert auto['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], rel=1e-3)
-    with pytest.raises(ValueError, match="teacher_engine must be 'auto' or 'plain', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
+    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto' or 'bf16', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
