@@ -507,3 +507,18 @@ def test_googlenet_with_auxiliary_outputs():
 def test_a_students_auxiliary_outputs_by_name():
     from diffkd_nb.models import make_model
     assert make_model('torchvision:googlenet', 4).train()(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_the_cache_knows_two_calls_of_a_module_and_two_choices_of_classes(tmp_path):
+    from diffkd_nb.data import ImageArrays, array_dls
+    from diffkd_nb.teacher_cache import TeacherCache
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.relu,self.fc = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1),nn.ReLU(),nn.Linear(8, K)
+        def forward(self, x): return self.fc(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
+    g = torch.Generator().manual_seed(0); x, y = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(32) % 3
+    data, teacher = ImageArrays(x, y, x[:8], y[:8], list('abc'), 'd'), Twice()
+    def means(cached, **kw):
+        set_seed(0); cb = kd(teacher, cache=TeacherCache(tmp_path) if cached else None, **kw)
+        fit(Learner(array_dls(data, 8, ()), Wide(6, 3), loss_func=CrossEntropyLossFlat(), cbs=cb), 2, 1e-3); return cb.means
+    for kw in (dict(method='fitnet', taps=[('body.2', 'relu#1')]), dict(method='fitnet', taps=[('body.2', 'relu#2')]), dict(classes=[0, 1, 2]), dict(classes=[5, 7, 9])):
+        assert means(True, **kw) == pytest.approx(means(False, **kw), rel=1e-4)
