@@ -107,6 +107,7 @@ def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
     assert not alive()
 
 
+@pytest.mark.slow
 def test_workers_that_are_no_copies_give_the_same(teacher, here, tmp_path, monkeypatch):
     "On a machine with a GPU, and where there is no fork"
     monkeypatch.setattr('diffkd_nb.grid._context', lambda: multiprocessing.get_context('spawn'))
@@ -187,6 +188,7 @@ def test_verify_finds_an_edited_table(teacher, tmp_path):
     assert [r.what for r in report if r.ok is False] == ['the table is what the runs give']
 
 
+@pytest.mark.slow
 def test_ray_cluster_of_two_workers(teacher, here, tmp_path):
     ray = pytest.importorskip('ray', reason="Ray is not installed: pip install ray")
     from ray.cluster_utils import Cluster
