@@ -1,4 +1,5 @@
 """What every test process needs, and which file goes to which of them."""
+import os
 import signal
 from pathlib import Path
 import pytest
@@ -6,6 +7,10 @@ import pytest
 # A shell that starts the tests in the background may have them ignore Ctrl+C, and what they start would inherit that:
 # then no test of an interrupt could work.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if os.environ.get('PYTEST_XDIST_WORKER'):
+    import workers
+    workers.start_server()
 
 # The longest first, so that two processes end together; what is not named comes after these
 LONGEST = ['test_methods', 'test_invariants', 'test_compare', 'test_fast', 'test_demo', 'test_distributed', 'test_docs', 'test_resume']

@@ -3,7 +3,7 @@
 They are forked from multiprocessing's fork server, which has imported everything once and has done nothing else; where there is
 no fork, they are spawned. Each has an environment, a folder, a standard output and a standard error of its own, and ends with an
 exit status or by a signal, as a program does. What needs a program started from nothing says so where it stands."""
-import atexit, importlib, multiprocessing, os, re, runpy, subprocess, sys, tempfile, time
+import atexit, importlib, multiprocessing, os, re, runpy, signal, subprocess, sys, tempfile, time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -14,6 +14,11 @@ context = multiprocessing.get_context('forkserver' if _forks else 'spawn')
 if _forks: context.set_forkserver_preload(PRELOAD)
 
 
+def start_server():
+    "Start the server that the workers come from, before a grid starts the same one with less in it"
+    if _forks: forkserver.ensure_running()
+
+
 def _become(env, folder, out, err, session=False):
     "Take an environment, a folder, and files for what is written"
     for path, stream in ((out, 1), (err or out, 2)):
@@ -22,6 +27,7 @@ def _become(env, folder, out, err, session=False):
     sys.stderr = sys.__stderr__ = open(2, 'w', buffering=1, closefd=False)
     if session: os.setsid()
     os.environ.clear(); os.environ.update(env); os.chdir(folder)
+    if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # a grid may have started the server
     import torch
     if 'OMP_NUM_THREADS' in env: torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)    # the platform's, as in a program
