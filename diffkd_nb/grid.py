@@ -164,7 +164,8 @@ class _Processes:
             for p in running: p.terminate()
             for p,cells in running.items():
                 p.join()
-                for _,job in cells: _messages(job).unlink(missing_ok=True)
+                for _,job in cells:
+                    for f in (_messages(job), *job.out.glob('.*.part')): f.unlink(missing_ok=True)
         return failed
 
 # %% ../nbs/26_grid.ipynb #d6e442bc
