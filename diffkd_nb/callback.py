@@ -672,6 +672,7 @@ class DiffKDCallback(DistillCallback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings; `'bf16'`: in bfloat16
         **kwargs
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
@@ -679,8 +680,9 @@ class DiffKDCallback(DistillCallback):
                     reconstruction_weight=reconstruction_weight, paced=paced, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
-                         teacher_transform, cache, inputs, output_key, output, classes)
+                         teacher_transform, cache, inputs, output_key, output, classes, teacher_engine)
 
+# %% ../nbs/09_callback.ipynb #2683f212
 def _check_diffkd(opts, kwargs):
     "Tell about wrong options when the callback is made, not at the first batch"
     if 'temperature' in kwargs: check_number('temperature', kwargs['temperature'], positive=True)

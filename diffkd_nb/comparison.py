@@ -98,7 +98,8 @@ def compare(
     executor:str='process', # `'process'`, `'ray'` or `'here'`
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
-    share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one forward pass of the teacher
+    keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
+    share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one pass of the teacher
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
@@ -107,7 +108,7 @@ def compare(
     _check_call(data, executor, minutes)
     if share_teacher: check_shared(options, executor)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, options)
+    runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, keep_student, options)
     sources = Sources(options.get('weights'))
     todo = _prepare(list(runs.values()), sources, out)
     grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
@@ -131,11 +132,12 @@ def _check_call(data, executor, minutes):
                      f"got {type(data).__name__}.")
 
 # %% ../nbs/27_comparison.ipynb #1b99c35a
-def _runs(cells, recipe, data, out, threads, options):
+def _runs(cells, recipe, data, out, threads, keep, options):
     "Folder of each cell to its setup and job"
     decides, rest = split_options(options)
+    kept = lambda seed: keep if isinstance(keep, bool) else seed in keep
     return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed, **decides),
-                       Job(out/c.folder, threads=threads, **rest)) for c in cells}
+                       Job(out/c.folder, threads=threads, keep_student=kept(c.seed), **rest)) for c in cells}
 
 def _prepare(runs, sources, out):
     "Check all that can be checked, measure the teachers; the cells that are not finished"

@@ -140,11 +140,8 @@ def declared(
 ) -> Face|None: # None for a function that does not tell
     "What a method says about its distiller"
     if isinstance(method, Method):
-        names = method.name.split('+')
-        if len(names) == 1: return _face(METHODS[names[0]])
-        faces = {n: _face(METHODS[n]) for n in names}
-        return Face(method.name, tuple(f'{n}.{l}' for n,f in faces.items() for l in f.loss_names),
-                    tuple(x for f in faces.values() for x in f.stat_names), any(f.hard_labels for f in faces.values()))
+        face = _face(get_method(method.name))
+        return face if method.name in METHODS else face._replace(title=method.name)
     if isinstance(method.distiller, nn.Module): return _face(as_distiller(method.distiller))
     source = getattr(method.distiller, 'func', method.distiller)
     return _face(source) if getattr(source, 'loss_names', ()) else None

@@ -105,8 +105,6 @@ class Together(Distiller):
             own = [t for t in plan if _wanted(t, asked or cls.default_taps)]
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
-        self.loss_names = tuple(f'{n}.{l}' for n,m in self.methods.items() for l in m.loss_names)
-        self.stat_names = tuple(s for m in self.methods.values() for s in m.stat_names)
 
 # %% ../nbs/07a_methods.ipynb #55b39ef5
 @patch(cls_method=True)
@@ -149,6 +147,8 @@ def together(
     if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a method twice.")
     union = lambda of: list(dict.fromkeys(x for c in classes for x in getattr(c, of)))
     fields = dict(parts=names, needs=tuple(union('needs')), default_taps=union('default_taps'),
+                  loss_names=tuple(f'{n}.{l}' for n,c in zip(names, classes) for l in c.loss_names),
+                  stat_names=tuple(s for c in classes for s in c.stat_names),
                   hard_labels=any(c.hard_labels for c in classes), teacherless=all(c.teacherless for c in classes),
                   __doc__=f"{' and '.join(names)} at once")
     return type('Together', (Together,), fields)

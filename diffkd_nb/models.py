@@ -19,8 +19,8 @@ from .files import InputError
 
 # %% auto #0
 __all__ = ['MODELS', 'small_net', 'n_parameters', 'BasicBlock', 'CifarResNet', 'WideResNet', 'resnet50_cifar', 'MobileNetV1',
-           'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'vgg_cifar', 'registered_only', 'library_of',
-           'make_model']
+           'mobilenetv2_cifar', 'shufflenetv1', 'shufflenetv2', 'vgg_cifar', 'registered_only', 'check_trusted',
+           'library_of', 'make_model']
 
 # %% ../nbs/12_models.ipynb #0b1db25d
 def small_net(
@@ -341,14 +341,20 @@ def registered_only(
     try: yield
     finally: _importing.reset(token)
 
+def check_trusted(
+    what:str # What a name asks for, the first half of the error
+):
+    "`InputError` inside `registered_only`"
+    if _importing.get(): return
+    raise InputError(f"{what}, and only registered models are made here. "
+                     "Pass trust=True (--trust) if you trust where the name comes from.")
+
 # %% ../nbs/12_models.ipynb #aecb7f53
 def _imported(name, n_classes):
     "A model of `'package.module:function'`"
     module, _, function = name.partition(':')
     what, expected = f'model {name!r} cannot be', 'Expected package.module:function'
-    if not _importing.get():
-        raise InputError(f"{what} made: it names code of its own, and only registered models are made here. "
-                         "Pass trust=True (--trust) if you trust where the name comes from.")
+    check_trusted(f'{what} made: it names code of its own')
     try: make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError(f"{what} imported: {e}. {expected}, a function of the number of classes.") from None

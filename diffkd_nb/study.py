@@ -156,17 +156,10 @@ def study(
         raise InputError(f"question {q.key} has the seeds {q.seeds}, got {other}: a seed of another question is no "
                          "evidence.")
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
-    return _runs(q, s, f'{s.kind}:{data}' if data else s.kind, f'{s.teacher}@{teacher}', out, asked,
-                 dict(jobs=jobs, threads=1, minutes=minutes, cache=cache, progress=progress))
-
-def _runs(q, s, data, teacher, out, seeds, how):
-    "The comparison, all seeds in the grid; students of the first seed are kept"
-    run = lambda chosen, keep: compare([(teacher, s.student)], list(q.variants.values()), list(chosen), s.recipe, data,
-                                       out, keep_student=keep, **s.options, **how)
-    first = [n for n in seeds if n == q.seeds[0]]
-    result = run(first, True) if first else None
-    if result is not None and (result.failed or len(result.manifests) < len(q.variants)): return result
-    return run(seeds, False)
+    how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here')
+    return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), list(asked), s.recipe,
+                   f'{s.kind}:{data}' if data else s.kind, out, threads=1, minutes=minutes, cache=cache,
+                   keep_student=[q.seeds[0]], progress=progress, **how, **s.options)
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .files import InputError
 from .images import Data, data_spec
 from .loaders import ArrayDataset, ArrayDL
+from .models import check_trusted
 from .rng import same_rng
 from .task import Classification, Task
 from .weights import load_weights
@@ -89,10 +90,13 @@ class TextData(Data):
     name:str # What the data is, for tables
     spec:str='' # What `open_data` opens again, '' where it was made by hand
     task, stats = 'text', None
-    def __post_init__(self): object.__setattr__(self, 'words', Words(self.x, self.xv))
+    def __post_init__(self):
+        words = Words(self.x, self.xv)
+        found = dict(words=words, rows=words.rows(self.x), rows_valid=words.rows(self.xv))
+        for k,v in found.items(): object.__setattr__(self, k, v)
 
     channels = property(lambda self: self.words.n_entries, doc='Rows of a table of known words')
-    size = property(lambda self: max(len(t.split()) for t in (*self.x, *self.xv)), doc='Words of the longest sentence')
+    size = property(lambda self: max(self.rows.shape[1], self.rows_valid.shape[1]), doc='Words of the longest sentence')
     n_train = property(lambda self: len(self.x))
     n_valid = property(lambda self: len(self.xv))
 
@@ -112,8 +116,8 @@ def dls(self:TextData,
         raise InputError(f"{self.name}: {self.n_train} training sentences are fewer than one batch of {batch_size}: "
                          "lower the batch size.")
     dev, found = torch.device(device or 'cpu'), []
-    for texts,y,train in ((self.x, self.y, True), (self.xv, self.yv, False)):
-        d = ArrayDataset(self.words.rows(texts).to(dev), y.to(dev), self.classes); d.words = self.words
+    for rows,y,train in ((self.rows, self.y, True), (self.rows_valid, self.yv, False)):
+        d = ArrayDataset(rows.to(dev), y.to(dev), self.classes); d.words = self.words
         size = batch_size if train else eval_batch or 4*batch_size
         found.append(TextDL(d, seed=seed, bs=size, shuffle=train, drop_last=train))
     return DataLoaders(*found, device=dev)
@@ -301,7 +305,8 @@ class Transformer(nn.Module):
         except ImportError:
             raise InputError("models named hf:... need transformers: pip install 'diffkd_nb[text]'.") from None
         try:
-            with _quiet(): self.tokenizer, self.encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+            with _quiet(): self.encoder = AutoModel.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             why = str(e).splitlines()[0]
             raise InputError(f"hf:{name} is no folder of transformers and no name that can be had: {why}") from None
@@ -318,8 +323,8 @@ def pieces(self:Transformer,
     "What the encoder reads"
     keys = [tuple(r[r != 0].tolist()) for r in rows.cpu()]
     for k in {k for k in keys if k not in self.known}:
-        self.known[k] = self.tokenizer(self.words.text(torch.tensor(k)), truncation=True)['input_ids']
-    found = [torch.tensor(self.known[k]) for k in keys]
+        self.known[k] = torch.tensor(self.tokenizer(self.words.text(torch.tensor(k)), truncation=True)['input_ids'])
+    found = [self.known[k] for k in keys]
     pad = lambda ts, v: nn.utils.rnn.pad_sequence(ts, batch_first=True, padding_value=v).to(rows.device)
     return pad(found, self.tokenizer.pad_token_id or 0), pad([torch.ones_like(f) for f in found], 0).bool()
 
@@ -339,7 +344,9 @@ def text_model(
     "A model of sentences by its name; transformers come with their weights"
     kind, _, size = name.partition(':')
     n, words = len(data.classes), data.words
-    if kind == 'hf': return Transformer(size, words, n)
+    if kind == 'hf':
+        check_trusted(f'model {name!r} cannot be made: it names files elsewhere')
+        return Transformer(size, words, n)
     if kind not in TEXT_MODELS or size and not (size.isdigit() and int(size)):
         raise InputError(f"there is no model of sentences named {name!r}: expected bigru:N, textcnn:N "
                          "or hf:NAME_OR_FOLDER.")

@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 from diffkd_nb import callback
-from diffkd_nb.callback import DistillCallback
+from diffkd_nb.callback import DiffKDCallback, DistillCallback, distillation
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.engine import make_engine
 from diffkd_nb.taps import Capture, plan_taps
@@ -112,3 +112,14 @@ def test_a_run_has_its_engine_on_record(tmp_path, monkeypatch):
     assert auto['settings']['teacher_engine'] == 'auto' and auto['cost']['teacher_engine'] == 'folded'
     assert auto['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], rel=1e-3)
     with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto' or 'bf16', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
+
+
+@pytest.mark.parametrize('engine', ['auto', 'bf16'])
+def test_diffkd_callback_takes_an_engine(engine, capsys):
+    "By the one line, as by the name of the method"
+    torch.manual_seed(0); student, teacher = sequential(6), sequential(20).eval()
+    learn = make_learner(student, cbs=DiffKDCallback(teacher, verbose=False, teacher_engine=engine), lr=1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert distillation(learn).teacher_engine == engine and all(torch.isfinite(p).all() for p in student.parameters())
+    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto' or 'bf16'"):
+        make_learner(sequential(6), cbs=DiffKDCallback(teacher, verbose=False, teacher_engine='fast'))

@@ -3,6 +3,7 @@ import json, socket
 import numpy as np
 import pytest, torch, torchvision
 from PIL import Image
+from resuming import cut_and_resumed
 from diffkd_nb.commands import compare_main
 from diffkd_nb.data import InputError, open_data
 from diffkd_nb.diffkd import DiffKDDistiller
@@ -115,15 +116,5 @@ def test_the_strong_recipes_train_and_go_on_bit_for_bit(name, student, place, tm
     recipe = get_recipe(name).scaled(3).replace(batch_size=4, **({'drop_path': .2} if name == 'B3' else {}))
     args = (recipe, f"folder:{place/'images'}?size=64", 'torchvision:resnet34@IMAGENET1K_V1', student, 'diffkd:latent=32', 0)
     options = dict(weights=place/'weights', device='cpu', num_workers=0, progress=False)
-    whole = experiment.run(*args, tmp_path/'whole', **options)
+    whole, _ = cut_and_resumed(lambda out: experiment.run(*args, out, **options), tmp_path, monkeypatch)
     assert whole['settings']['recipe'] == recipe.to_dict() and whole['settings']['recipe']['warmup'] > 0
-    real = experiment.Checkpoint.after_epoch
-    def stop(self):
-        real(self)
-        if self.epoch == 1: raise RuntimeError('stopped here')
-    monkeypatch.setattr(experiment.Checkpoint, 'after_epoch', stop)
-    with pytest.raises(RuntimeError, match='stopped here'): experiment.run(*args, tmp_path/'cut', **options)
-    monkeypatch.undo()
-    again = experiment.run(*args, tmp_path/'cut', **options)
-    assert again['cost']['resumed_at_epoch'] == 2 and again['student_hash'] == whole['student_hash']
-    assert (tmp_path/'cut'/'log.csv').read_bytes() == (tmp_path/'whole'/'log.csv').read_bytes()

@@ -3,6 +3,7 @@
 It trains, resumes, compares and verifies by one line in the list of tasks."""
 import json, random, shutil
 import pandas as pd, pytest, torch
+from resuming import cut_and_resumed
 from torch import nn
 from torch.nn import functional as F
 from fastai.basics import DataLoader, DataLoaders, Metric
@@ -10,7 +11,7 @@ from diffkd_nb.comparison import Comparison, compare
 from diffkd_nb.files import InputError
 from diffkd_nb.weights import load_weights, state_hash
 from diffkd_nb.recipes import get_recipe
-from diffkd_nb.run import Checkpoint, evaluate, run, stored_learner
+from diffkd_nb.run import evaluate, run, stored_learner
 from diffkd_nb.setup import Setup
 from diffkd_nb.task import Task
 from diffkd_nb.tasks import TASKS, open_data
@@ -120,18 +121,7 @@ def test_trains(teacher, tmp_path):
 
 @pytest.mark.parametrize('method', ['alone', 'kd'])
 def test_resumes(teacher, method, tmp_path, monkeypatch):
-    args = RECIPE, 'bags', teacher, 'bag:4', method, 1
-    whole = run(*args, tmp_path/'whole', progress=False)
-    real = Checkpoint.after_epoch
-    def stop(self):
-        real(self)
-        if self.epoch == 1: raise RuntimeError('stopped here')
-    with monkeypatch.context() as m:
-        m.setattr(Checkpoint, 'after_epoch', stop)
-        with pytest.raises(RuntimeError, match='stopped here'): run(*args, tmp_path/'cut', progress=False)
-    again = run(*args, tmp_path/'cut', progress=False)
-    assert again['student_hash'] == whole['student_hash'] and again['cost']['resumed_at_epoch'] == 2
-    assert (tmp_path/'cut'/'log.csv').read_text() == (tmp_path/'whole'/'log.csv').read_text()
+    cut_and_resumed(lambda out: run(RECIPE, 'bags', teacher, 'bag:4', method, 1, out, progress=False), tmp_path, monkeypatch)
 
 
 def test_compares_and_verifies(teacher, tmp_path):

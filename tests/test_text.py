@@ -2,10 +2,11 @@
 import json, random
 import pandas as pd, pytest, torch
 import workers
+from resuming import cut_and_resumed
 from diffkd_nb.comparison import compare
 from diffkd_nb.files import InputError
 from diffkd_nb.recipes import get_recipe
-from diffkd_nb.run import Checkpoint, evaluate, run
+from diffkd_nb.run import evaluate, run
 from diffkd_nb.tasks import open_data, task_of
 from diffkd_nb.text import text_model
 from diffkd_nb.verify import verify
@@ -61,16 +62,7 @@ def test_methods_train(data, teacher, method, tmp_path):
 
 
 def test_killed_and_resumed(data, teacher, tmp_path, monkeypatch):
-    args = RECIPE, data, teacher, 'bigru:4', 'diffkd', 1
-    whole, real = run(*args, tmp_path/'whole', progress=False), Checkpoint.after_epoch
-    def stop(self):
-        real(self)
-        if self.epoch == 1: raise RuntimeError('stopped here')
-    with monkeypatch.context() as m:
-        m.setattr(Checkpoint, 'after_epoch', stop)
-        with pytest.raises(RuntimeError, match='stopped here'): run(*args, tmp_path/'cut', progress=False)
-    again = run(*args, tmp_path/'cut', progress=False)
-    assert again['student_hash'] == whole['student_hash'] and again['cost']['resumed_at_epoch'] == 2
+    cut_and_resumed(lambda out: run(RECIPE, data, teacher, 'bigru:4', 'diffkd', 1, out, progress=False), tmp_path, monkeypatch)
 
 
 def test_cache_gives_the_same_student(data, teacher, tmp_path):
@@ -102,6 +94,13 @@ def test_compares_and_verifies(data, teacher, tmp_path):
     assert report and 'the student gives the accuracy of the manifest' in {k.what for k in report}, str(report)
     f = next(tmp_path.rglob('manifest.json')); m = json.loads(f.read_text()); m['result']['accuracy'] += .1; f.write_text(json.dumps(m))
     assert not verify(tmp_path, data=data)
+
+
+def test_a_manifest_names_no_files_elsewhere(data, bert, tmp_path):
+    run('tune', data, None, f'hf:{bert}', 'alone', 0, tmp_path, progress=False)
+    report = verify(tmp_path, data=data)
+    assert not report and 'names files elsewhere' in str(report) and 'trust=True' in str(report)
+    assert verify(tmp_path, data=data, trust=True)
 
 
 def test_the_command_trains_on_a_table(data, tmp_path):
