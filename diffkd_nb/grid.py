@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .files import InputError, write_whole
 from .methods import parse_method
 from .run import run_setup
-from .setup import Job, Setup, Sources
+from .setup import Job, Setup, Sources, teacher_name
 from .shared_teacher import grouped, run_together
 
 # %% auto #0
@@ -27,7 +27,7 @@ __all__ = ['EXECUTORS', 'Cell', 'grid_cells']
 # %% ../nbs/26_grid.ipynb #187d247c
 class Cell(NamedTuple):
     "One run of a grid"
-    teacher:str # `'name@weights.safetensors'`
+    teacher:str # `'name@weights.safetensors'`, several joined by `+`
     student:str # Name of a model
     method:str # See `parse_method`
     seed:int # 0, 1, ...
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     @property
     def folder(self) -> str:
         safe = lambda s: re.sub(r'[^A-Za-z0-9_.=-]+', '_', s)
-        pair = f"{safe(self.student)}-from-{safe(self.teacher.partition('@')[0])}"
+        pair = f"{safe(self.student)}-from-{safe(teacher_name(self.teacher))}"
         return f'{pair}/{safe(str(parse_method(self.method)))}/seed{self.seed}'
 
 # %% ../nbs/26_grid.ipynb #235cdbf2

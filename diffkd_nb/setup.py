@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/setup.html.md"""
 
 # %% ../nbs/23_setup.ipynb #e2c0193d
 from __future__ import annotations
-import json
+import json, re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from .files import InputError
 from .engine import ENGINES, ENGINES_TEXT
 from .precision import PRECISIONS, slow_precision
+from .logits_since import Ensemble
 from .methods import Method, parse_method
 from .distillation import is_teacherless
 from .weights import state_hash
@@ -27,7 +28,24 @@ from .task import Task
 from .tasks import open_data, task_of
 
 # %% auto #0
-__all__ = ['Setup', 'choose_device', 'Job', 'split_options', 'Teacher', 'Sources', 'make_teacher', 'Opened']
+__all__ = ['teacher_parts', 'teacher_name', 'Setup', 'choose_device', 'Job', 'split_options', 'Teacher', 'Sources',
+           'make_teacher', 'Opened']
+
+# %% ../nbs/23_setup.ipynb #47ff21c2
+def teacher_parts(
+    spec # `'name@weights'`, several of them joined by `+`, a module, or a sequence of these
+) -> tuple: # Each teacher by itself
+    "The teachers that a description names"
+    if isinstance(spec, (list, tuple)): return tuple(p for s in spec for p in teacher_parts(s))
+    if not isinstance(spec, (str, Path)): return (spec,)
+    return tuple(p.strip() for p in re.split(r'\+(?=[^+@/\\]+@)', str(spec)))
+
+def teacher_name(
+    spec # As for `teacher_parts`
+) -> str: # Without weights, several joined by `' + '`
+    "What tables call a teacher"
+    name = lambda t: type(t).__name__ if isinstance(t, nn.Module) else str(t).partition('@')[0]
+    return ' + '.join(map(name, teacher_parts(spec)))
 
 # %% ../nbs/23_setup.ipynb #9f114716
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Setup:
     recipe:Recipe # How to train; the name of a recipe becomes the recipe
     data:object # What on: a description (see `open_data`), or opened data
     student:str # Name of a model
-    teachers:tuple=() # Descriptions `'name@weights'`, or modules; none for `'alone'`
+    teachers:tuple=() # Descriptions `'name@weights'`, or modules; none for `'alone'`, several teach by their mean
     method:Method='alone' # How to distil; a text is parsed
     seed:int=0 # Initial weights, data order, views and noise
     taps:list|None=None # What to compare; the method's own choice by default
@@ -53,10 +71,9 @@ class Setup:
 def _check(self:Setup):
     "Turn texts into what they name; `InputError` for what cannot be a run"
     method = parse_method(self.method)
-    teachers = tuple(self.teachers) if method.name != 'alone' else ()
+    teachers = tuple(p for t in self.teachers for p in teacher_parts(t)) if method.name != 'alone' else ()
     if method.name != 'alone' and not teachers and not is_teacherless(method):
         raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors.")
-    if len(teachers) > 1: raise InputError(f"a run learns from one teacher, got {len(teachers)}.")
     precision = self.precision or 'float32'
     if precision not in PRECISIONS:
         raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
@@ -188,18 +205,33 @@ class Sources:
 # %% ../nbs/23_setup.ipynb #630d84f7
 @patch
 def teacher(self:Sources,
-    spec, # `'name@weights'`, or a module
+    spec, # `'name@weights'`, a module, or several of them
     data, # Opened data
     stats=None # Normalisation that the user asked for
 ) -> Teacher: # `InputError` for what cannot be opened
-    "A teacher by its description"
-    task = task_of(data)
+    "A teacher by its description; several as one that says the mean of their probabilities"
+    task, parts = task_of(data), teacher_parts(spec)
+    if len(parts) > 1: return self._several(parts, data, stats)
+    spec, = parts
     def make():
         model = spec if isinstance(spec, nn.Module) else task.teacher(spec, data, self.weights)
-        name = type(spec).__name__ if isinstance(spec, nn.Module) else str(spec).partition('@')[0]
-        return Teacher(name, model, state_hash(model)), data
+        return Teacher(teacher_name(spec), model, state_hash(model)), data
     key = spec if isinstance(spec, nn.Module) else str(spec)
     return self._once(('teacher', key, id(data)), make)[0]._replace(stats=task.normalisation(stats, spec))
+
+# %% ../nbs/23_setup.ipynb #244bec24
+@patch
+def _several(self:Sources, specs, data, stats):
+    "Teachers that answer together; they see the same input"
+    found = [self.teacher(s, data, stats) for s in specs]
+    key = tuple(t if isinstance(t, nn.Module) else str(t) for t in specs)
+    if any(t.stats != found[0].stats for t in found):
+        raise InputError(f"{teacher_name(specs)} want inputs of different normalisations: several teachers see the same "
+                         "input, so take teachers that were trained alike, or one of them.")
+    def make():
+        model = Ensemble([t.model for t in found], task_of(data).output)
+        return Teacher(teacher_name(specs), model, state_hash(model)), data
+    return self._once(('teacher', key, id(data)), make)[0]._replace(stats=found[0].stats)
 
 # %% ../nbs/23_setup.ipynb #a85fe715
 def make_teacher(
@@ -221,7 +253,7 @@ class Opened:
         s = self.setup = setup
         self.data = sources.data(s.data)
         self.task, self.data_hash = task_of(self.data), sources.data_hash(self.data)
-        self.teacher = sources.teacher(s.teachers[0], self.data, s.teacher_stats) if s.teachers else None
+        self.teacher = sources.teacher(s.teachers, self.data, s.teacher_stats) if s.teachers else None
 
     @property
     def transform(self): return self.teacher and self.task.transform(self.data, self.teacher.stats)

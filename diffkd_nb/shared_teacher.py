@@ -148,7 +148,7 @@ def _all_at_once(threads, turns):
 def _begin(cells, sources):
     "The shared teacher, in eval mode where the runs are; so every run gives it back like that"
     setup, job = cells[0]
-    model = sources.teacher(setup.teachers[0], sources.data(setup.data), setup.teacher_stats).model
+    model = sources.teacher(setup.teachers, sources.data(setup.data), setup.teacher_stats).model
     layout = torch.channels_last if setup.channels_last else torch.contiguous_format
     return SharedTeacher(model.to(job.place, memory_format=layout).eval())
 

@@ -143,9 +143,11 @@ def _compare_figures(add, task, found, m, data, both):
 
 # %% ../nbs/28_verify.ipynb #924c5f09
 def _check_teacher(out, m, weights):
-    "Whether the weights are those that the run learned from, perhaps kept in half precision"
-    as_type = lambda t: {k: v.to(t) if v.is_floating_point() else v for k,v in weights.items()}
-    same = m['settings']['teacher_hash'] in [state_hash(as_type(t)) for t in (torch.float32, torch.float16)]
+    "Whether one of the files, or all of them together, taught the run; perhaps kept in half precision"
+    together = {f'teachers.{i}.{k}': v for i,w in enumerate(weights) for k,v in w.items()}
+    as_type = lambda w, t: {k: v.to(t) if v.is_floating_point() else v for k,v in w.items()}
+    hashes = [state_hash(as_type(w, t)) for w in (*weights, together) for t in (torch.float32, torch.float16)]
+    same = m['settings']['teacher_hash'] in hashes
     return Check(str(out), 'the teacher is the one on record', same, 'other weights')
 
 def _check_table(folder):
@@ -169,14 +171,15 @@ def _check_run(out, m, find, sources, device): # False for no evaluation
 def verify(
     folder:Path, # A run, or a folder with runs in it (a comparison)
     data=None, # Where the data is now, if not in the folder
-    teacher:Path|None=None, # The teacher's weights, to compare with the hash on record
+    teacher:Path|list|None=None, # The teacher's weights, to compare with the hash on record; one file or several
     evaluate_students:bool=True, # False checks files only
     device=None, # Where to evaluate; the CPU by default
     trust:bool=False # Whether manifests may import `package.module:function`, lead out of the folder and name any size
 ) -> Report: # Prints well; true if nothing failed
     "Check everything that a run or a comparison claims"
     folder, checks, sources = Path(folder), Report(), Sources()
-    weights = None if teacher is None else read_weights(teacher)
+    files = [] if teacher is None else [teacher] if isinstance(teacher, (str, Path)) else teacher
+    weights = [read_weights(f) for f in files]
     runs, links = _runs_below(folder), [] if trust else leads_out(folder)
     checks += [Check(str(f.parent), 'nothing leads out of the folder', False, f'{f.name} links to {os.readlink(f)}')
                for f in links]
@@ -186,7 +189,7 @@ def verify(
             if any(f.parent == out for f in links): continue
             m, wrong = _read(out, trust)
             checks += [wrong] if wrong else _check_run(out, m, find, sources, device if evaluate_students else False)
-            learnt = m and weights is not None and m['settings'].get('teacher_hash')
+            learnt = m and weights and m['settings'].get('teacher_hash')
             if learnt: checks.append(_check_teacher(out, m, weights))
     unread = [Path(c.run) for c in checks if c.what == UNREADABLE]
     tables = sorted(f.parent for f in folder.rglob('grid.json') if (f.parent/'table.csv').is_file())

@@ -1,17 +1,23 @@
 "The methods since: numbers of the authors' programs, and what all methods have in common"
-import math
+import json, math
 import pytest
 from pairs import *
 from diffkd_nb.callback import DistillCallback, distillation
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.diffkd import DiffKDDistiller
 from diffkd_nb.distiller import Context, edge_weights
+from diffkd_nb.comparison import compare
 from diffkd_nb.features_since import CrossAttention, lsh_loss
 from diffkd_nb.head import TeacherHead, find_classifier
 from diffkd_nb.losses import kl_loss
 from diffkd_nb.methods import *
+from diffkd_nb.models import make_model
+from diffkd_nb.recipes import get_recipe
 from diffkd_nb.rng import Draws
+from diffkd_nb.run import run
 from diffkd_nb.taps import plan_taps
+from diffkd_nb.verify import verify
+from diffkd_nb.weights import read_weights, save_weights, state_hash
 import test_methods as old
 from test_methods import LOGITS, N, call, check_sizes, draws, finite, gradients, inputs, place, places, plan_of, sizes, tap, teacher_of
 
@@ -360,6 +366,24 @@ def test_two_teachers():
     learn = learner(sequential(6), DistillCallback(teachers, 'fitnet', taps=[('5', 'teachers.1.5')], verbose=False), dls=dls_of((32, 32)))
     with quiet(learn): learn.fit(1, 1e-3)
     with pytest.raises(TypeError, match='two or more'): DistillCallback(teachers[:1], 'kd')
+
+
+def test_runs_with_two_teachers(tmp_path):
+    spec = {n: f"{n}@{tmp_path/n.replace(':', '')}.safetensors" for n in ('small:8', 'small:6')}
+    for i,(n,s) in enumerate(spec.items()):
+        torch.manual_seed(i); save_weights(make_model(n, 10, 1, 8), s.partition('@')[2])
+    files, both = [s.partition('@')[2] for s in spec.values()], ' + '.join(spec.values())
+    short = get_recipe('tiny').replace(epochs=1)
+    c = compare([(both, 'small:4'), (spec['small:8'], 'small:4')], ['kd', 'meal'], 1, short, 'digits', tmp_path/'c',
+                executor='here', progress=False)
+    assert set(c.runs.teacher) == {'small:8 + small:6', 'small:8'} and len(c.runs) == 4
+    assert verify(tmp_path/'c', teacher=files) and not verify(tmp_path/'c', teacher=files[1:], evaluate_students=False)
+    out = next(tmp_path.glob('c/small_4-from-small_8_small_6/kd*/seed0'))
+    stored = json.loads((out/'manifest.json').read_text())
+    joined = {f'teachers.{i}.{k}': v for i,f in enumerate(files) for k,v in read_weights(f).items()}
+    assert stored['settings']['teacher_hash'] == state_hash(joined)
+    m = run(short, 'digits', both, 'small:4', 'kd', 0, tmp_path/'again', progress=False)
+    assert m['student_hash'] == stored['student_hash']
 
 
 @pytest.mark.parametrize('name', ['diffkd+gdkd', 'wttm+crd', 'kd+pskd', 'fmkt+diffkd', 'kd+dskd', 'taid+cankd'])

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from diffkd_nb.commands import verify_main
+from diffkd_nb.comparison import Comparison
 from diffkd_nb.files import InputError, file_hash
 from diffkd_nb.models import make_model, registered_only
 from diffkd_nb.recipes import get_recipe
@@ -11,7 +12,7 @@ from diffkd_nb.record import manifest_hash
 from diffkd_nb.run import run, stored_learner
 from diffkd_nb.trust import MOST, leads_out, read_manifest
 from diffkd_nb.verify import verify
-from diffkd_nb.weights import check_fit, read_weights
+from diffkd_nb.weights import check_fit, read_weights, save_weights
 
 
 @pytest.fixture(scope='module')
@@ -210,6 +211,18 @@ def test_a_run_that_diverges_says_so_and_stays_on_record(tmp_path, capfd):
     assert len(lines) == 1 and 'not finite from epoch 1' in lines[0]
     assert json.loads((tmp_path/'o'/'manifest.json').read_text())['status'] == 'diverged' and verify(tmp_path/'o')
     assert train_main(args) == 1                                    # the finished record is asked again
+
+
+def test_a_grid_with_a_method_that_diverges_says_so(tmp_path, capfd):
+    from diffkd_nb.commands import compare_main
+    save_weights(make_model('small:8', 10, 1, 8), tmp_path/'t.safetensors')
+    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--pair', f"small:8@{tmp_path/'t.safetensors'}", 'small:4', '--seeds', '2',
+            '--methods', 'alone', 'kd:weight=1e30', '--executor', 'here', '--device', 'cpu', '--out', str(tmp_path/'c')]
+    assert compare_main(args) == 1
+    said = capfd.readouterr()
+    assert said.err.count('DIVERGED small_4-from-small_8/kd') == 2 and 'kd:weight=1e+30 (2 of 2 diverged)' in said.out
+    assert len(Comparison(tmp_path/'c').diverged) == 2 and verify(tmp_path/'c')
+    assert compare_main(['--show', str(tmp_path/'c')]) == 1 and 'diverged' in capfd.readouterr().out
 
 
 def test_a_stored_teacher_of_other_classes_is_refused(tmp_path):
