@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from warnings import warn
 import torch
 import torch.distributed as dist
@@ -457,8 +458,26 @@ def _join(self:DistillCallback):
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     left = self.learn.n_epoch - self.learn.epoch
     self.kd.expect(left, left*len(self.learn.dls.train) if hasattr(self.learn.dls.train, '__len__') else None)
+    if self.kd.pretraining_left(): self._pretrain()
     self.tail.add(self.learn.opt)
     self.joined,self.attached = self.learn.opt,True
+
+# %% ../nbs/09_callback.ipynb #ed564047
+@patch
+def _pretrain(self:DistillCallback):
+    "Let the method learn from the teacher alone, on a copy of the training loader"
+    with same_rng():
+        dl = self.learn.dls.train.new()
+        n = getattr(self.learn.dls, 'n_inp', 1)
+        if self.cache is not None: self.cache.open(dl, self.kd)
+        losses = self.kd.pretrain(_InputsOf(dl, n))
+    if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
+    if self.verbose: print(f'learnt the teacher in {len(losses)} steps: loss {mean(losses[:20]):.3f} at first, {mean(losses[-20:]):.3f} in the end')
+
+class _InputsOf:
+    "The inputs of a loader's batches"
+    def __init__(self, dl, n): self.dl,self.n = dl,n
+    def __iter__(self): return (b[:self.n] if len(b) > 1 else b for b in self.dl)
 
 # %% ../nbs/09_callback.ipynb #dc85a9b1
 @patch
@@ -663,6 +682,7 @@ class DiffKDCallback(DistillCallback):
         reconstruction_weight:float=1., # lambda 2
         weights:dict|None=None, # Tap name to a factor on all its losses
         paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
@@ -677,7 +697,7 @@ class DiffKDCallback(DistillCallback):
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, paced=paced, **kwargs)
+                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output, classes, teacher_engine)

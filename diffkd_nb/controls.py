@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from .diffusion import NoiseSchedule, alpha_bar_schedule
 
 # %% auto #0
-__all__ = ['log_snr_schedule', 'gamma_to_time', 'ddim_denoise_from', 'own_norms', 'student_guess']
+__all__ = ['log_snr_schedule', 'gamma_to_time', 'ddim_denoise_from', 'own_norms', 'student_guess', 'noise_from_clean',
+           'clean_loss', 'mix_vp']
 
 # %% ../nbs/03a_controls.ipynb #ad4d76a5
 def log_snr_schedule() -> Tensor: # (1000,) float32, falling
@@ -25,11 +27,14 @@ def log_snr_schedule() -> Tensor: # (1000,) float32, falling
 # %% ../nbs/03a_controls.ipynb #436a003c
 def gamma_to_time(
     gamma:Tensor, # Share of the student's feature in the mixed start, between 0 and 1
-    log_snr:Tensor|None=None # `log_snr_schedule` on the device of `gamma`; made here by default
+    log_snr:Tensor|None=None, # `log_snr_schedule` on the device of `gamma`; made here by default
+    vp:bool=False # Whether the start is that of `mix_vp`
 ) -> Tensor: # Nearest time t, integers
     "The time whose signal-to-noise ratio equals that of a mixed start with `gamma`"
     log_snr = log_snr_schedule().to(gamma.device) if log_snr is None else log_snr
-    return (log_snr - 2*gamma.float().clamp(1e-6, 1-1e-6).logit()[..., None]).abs().argmin(-1)
+    g = gamma.float().clamp(1e-6, 1-1e-6)
+    start = 2*g.log() - torch.log1p(-g*g) if vp else 2*g.logit()
+    return (log_snr - start[..., None]).abs().argmin(-1)
 
 # %% ../nbs/03a_controls.ipynb #be280871
 def ddim_denoise_from(
@@ -71,3 +76,35 @@ def student_guess(
         layer = norms[n.replace('.', '_')]
         own.update({f'{n}.{k}': v for k,v in [*layer.named_parameters(), *layer.named_buffers()]})
     return lambda x, t: functional_call(denoiser, own, (x, t))
+
+# %% ../nbs/03a_controls.ipynb #50890619
+def _at(table, t, x): return table[t].float().view(-1, *[1]*(x.dim()-1))
+
+def noise_from_clean(
+    clean:Callable, # `clean(x, t)` guesses the clean feature in `x`
+    schedule:NoiseSchedule # The noise schedule
+) -> Callable: # `predict(x, t)` of the noise
+    "The noise that a guess of the clean feature implies (eq. 2)"
+    def predict(x, t):
+        return (x.float() - _at(schedule.signal, t, x)*clean(x, t).float())/_at(schedule.sigma, t, x)
+    return predict
+
+def clean_loss(
+    clean:Callable, # `clean(x, t)` guesses the clean feature in `x`
+    schedule:NoiseSchedule, # The noise schedule
+    x:Tensor, # Clean (teacher) feature (B, ...)
+    noise:Tensor, # Standard normal noise, the shape of `x`
+    t:Tensor # Times (B,), 0 to 999
+) -> Tensor: # Scalar, float32
+    "Mean squared error of the guessed clean feature"
+    return F.mse_loss(clean(schedule.add_noise(x, noise, t), t).float(), x.float())
+
+# %% ../nbs/03a_controls.ipynb #569fedf0
+def mix_vp(
+    z:Tensor, # Projected student feature, (B, ...)
+    noise:Tensor, # Standard normal noise, the shape of `z`
+    gamma:Tensor # Square root of alpha-bar of the start, (B,)
+) -> Tensor: # gamma * z + sqrt(1 - gamma^2) * noise, float32
+    "A mixed start that keeps the variance"
+    g = gamma.float().view(-1, *[1]*(z.dim()-1))
+    return g*z.float() + (1 - g*g).clamp_min(0).sqrt()*noise.float()

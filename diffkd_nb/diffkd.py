@@ -20,12 +20,13 @@ from .noise_adapter import NoiseAdapter, mix
 from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
 from .diffusion import N_TIMES, Denoiser, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
-from .controls import ddim_denoise_from, gamma_to_time, log_snr_schedule, own_norms, student_guess
+from .controls import clean_loss, ddim_denoise_from, gamma_to_time, log_snr_schedule, mix_vp, noise_from_clean
+from .controls import own_norms, student_guess
 from .losses import Scores, get_distance
 from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
-__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'DiffKDDistiller']
+__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'check_steps', 'DiffKDDistiller']
 
 # %% ../nbs/05_diffkd.ipynb #cca7c862
 def common_size(
@@ -79,16 +80,18 @@ class DiffKD(nn.Module):
         temperature:float=1., # Temperature of `'kl'` and `'dist'`
         align:str='smaller', # Whose size maps of different size get, see `common_size`
         output:str|Callable|None=None, # What logits mean, see `Scores`; classes by default
-        zscore:bool=False # Compare logits in units of their own spread, see `standard_scores`
+        zscore:bool=False, # Compare logits in units of their own spread, see `standard_scores`
+        predicts:str='noise', # What the denoiser guesses: `'noise'`, or `'clean'`, the feature without it
+        mixing:str='paper' # Start of the denoising: `'paper'`, eq. 8, or `'vp'`, which keeps the variance
     ):
         super().__init__()
-        _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
+        _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing)
         if start == 'gamma' and not adapter:
             raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
         self.kind, self.align = kind, align
         self.steps, self.start = steps, start
-        self.trained_by = trained_by
-        self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate'
+        self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
+        self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate' or predicts == 'clean'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
@@ -99,7 +102,8 @@ class DiffKD(nn.Module):
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _CHOICES = dict(kind=('feature', 'logits'), align=('smaller', 'student', 'teacher'), denoiser=('diffusion', 'identity'),
-                trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'))
+                trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'),
+                predicts=('noise', 'clean'), mixing=('paper', 'vp'))
 def _check(**given):
     "`ValueError` for an option that is none of its choices"
     for k,v in given.items():
@@ -136,6 +140,19 @@ def draw(self:DiffKD,
     if self.denoiser is None: return noise, None, None
     return noise, draws.randn(n, *shape, device=dev), draws.randint(N_TIMES, n, device=dev)
 
+# %% ../nbs/05_diffkd.ipynb #216778b0
+@patch
+def aligned(self:DiffKD, student, teacher):
+    "Both sides at one size; logits as scores"
+    if self.kind == 'logits': return self.scores(student.flatten(1), teacher.flatten(1))
+    return align_maps(student, teacher, self.align)
+
+@patch
+def compress(self:DiffKD, teacher):
+    "Teacher latent and reconstruction loss (eq. 6)"
+    if self.autoencoder is not None: return self.autoencoder(teacher)
+    return teacher, teacher.new_zeros((), dtype=torch.float32)
+
 # %% ../nbs/05_diffkd.ipynb #5bc9c8f9
 @patch
 def read(self:DiffKD,
@@ -143,12 +160,9 @@ def read(self:DiffKD,
     teacher:Tensor # (B, D, H', W'), or (B, K); never receives a gradient
 ) -> tuple[Tensor,Tensor,Tensor,Tensor]: # Projected student feature Z, gamma (B,), teacher latent, reconstruction loss
     "What both sides bring to the denoising"
-    teacher = teacher.detach()
-    if self.kind == 'logits': student, teacher = self.scores(student.flatten(1), teacher.flatten(1))
-    else: student, teacher = align_maps(student, teacher, self.align)
+    student, teacher = self.aligned(student, teacher.detach())
     z = self.project_in(student)
-    if self.autoencoder is None: target, reconstruction = teacher, teacher.new_zeros((), dtype=torch.float32)
-    else: target, reconstruction = self.autoencoder(teacher)
+    target, reconstruction = self.compress(teacher)
     gamma = self.adapter(z) if self.adapter is not None else torch.ones(len(z), device=z.device)
     return z, gamma, target, reconstruction
 
@@ -160,7 +174,8 @@ def begin(self:DiffKD,
     noise:Tensor|None # Noise of the shape of `z`; not used without an adapter
 ) -> Tensor: # float32
     "The mixed start (eq. 8)"
-    return z.float() if self.adapter is None else mix(z, noise.view_as(z), gamma)
+    if self.adapter is None: return z.float()
+    return (mix_vp if self.mixing == 'vp' else mix)(z, noise.view_as(z), gamma)
 
 # %% ../nbs/05_diffkd.ipynb #a93acd71
 @patch
@@ -175,8 +190,9 @@ def walk(self:DiffKD,
         embs = self.denoiser.embed(self.times) if embs is None else embs
         return ddim_denoise(self.denoiser.predict, x, embs, self.coefficients, path)
     guess = student_guess(self.denoiser, self.norms, frozen=self.trained_by == 'diffusion')
+    if self.predicts == 'clean': guess = noise_from_clean(guess, self.schedule)
     if self.start != 'gamma': return ddim_denoise(guess, x, self.times[:, None], self.coefficients, path)
-    first = gamma_to_time(gamma.detach(), self.log_snr)
+    first = gamma_to_time(gamma.detach(), self.log_snr, self.mixing == 'vp')
     return ddim_denoise_from(guess, x, first, self.steps, self.schedule, path)
 
 # %% ../nbs/05_diffkd.ipynb #56fa324e
@@ -191,7 +207,7 @@ def denoise(self:DiffKD,
     "All that calls the denoiser: n steps on the student's feature (eq. 4-5), one on the teacher's noisy latent (eq. 3)"
     if self.controlled:
         x = self.walk(x, gamma)
-        loss = diffusion_loss(self.denoiser, self.schedule, target, noise, t)
+        loss = (clean_loss if self.predicts == 'clean' else diffusion_loss)(self.denoiser, self.schedule, target, noise, t)
         return x, loss.detach() if self.trained_by == 'kd' else loss
     with nullcontext() if torch.compiler.is_compiling() else shared_weights(self.denoiser):
         embs = self.denoiser.embed(torch.cat([self.times, t]))
@@ -229,6 +245,23 @@ def _complete(self:DiffKD, given, student, teacher, draws):
     if not any(n and g is None for n,g in zip(needed, given)): return given
     return [d if g is None else g for g,d in zip(given, self.draw(student, teacher, draws))]
 
+# %% ../nbs/05_diffkd.ipynb #ae14a540
+@patch
+def learn_teacher(self:DiffKD,
+    teacher:Tensor, # (B, D, H', W'), or (B, K)
+    size:tuple, # (h, w) of the student's map
+    draws:Draws|None=None # Source of random numbers; PyTorch's global generator by default
+) -> tuple[Tensor,Tensor]: # Diffusion loss (eq. 3), reconstruction loss (eq. 6)
+    "The losses of a batch that need the teacher alone"
+    teacher, draws = teacher.detach(), draws or Draws()
+    like = teacher if self.kind == 'logits' else teacher.new_zeros(len(teacher), 1, *size)
+    target, reconstruction = self.compress(self.aligned(like, teacher)[1])
+    if self.denoiser is None: return reconstruction.new_zeros(()), reconstruction
+    noise = draws.randn(*target.shape, device=target.device)
+    t = draws.randint(N_TIMES, len(target), device=target.device)
+    loss = clean_loss if self.predicts == 'clean' else diffusion_loss
+    return loss(self.denoiser, self.schedule, target, noise, t), reconstruction
+
 # %% ../nbs/05_diffkd.ipynb #47dccda3
 def trajectory(
     tap:DiffKD, # One tap of a distiller
@@ -243,6 +276,15 @@ def trajectory(
     steps = [tap.begin(z, gamma, noise)]
     if tap.denoiser is not None: tap.walk(steps[0], gamma, path=steps)
     return dict(projected=z, target=target, gamma=gamma, steps=steps, out=[tap.project_out(s) for s in steps])
+
+# %% ../nbs/05_diffkd.ipynb #c588bb0c
+def check_steps(
+    n # Number of steps asked for
+) -> int: # The same; `ValueError` for what is none
+    "A number of steps, 0 for none"
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"pretrain must be a number of steps, 0 or more, got {n!r}.")
+    return n
 
 # %% ../nbs/05_diffkd.ipynb #23be13b3
 class DiffKDDistiller(Distiller):
@@ -260,14 +302,17 @@ class DiffKDDistiller(Distiller):
         reconstruction_weight:float=1., # lambda 2
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
         paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
-                 # align, zscore
+                 # align, zscore, predicts, mixing
     ):
         super().__init__(plan)
         distances, weights = dict(distances or {}), dict(weights or {})
         self.lambdas = dict(kd=kd_weight, diffusion=diffusion_weight, reconstruction=reconstruction_weight)
         self._check_options(distances, weights)
         self.weights = [float(weights.get(n, 1.)) for n in self.names]
+        self.pretrain, self.sizes = check_steps(pretrain), [t.student.shape[1:] for t in plan]
+        if pretrain: self.register_buffer('pretrained', torch.tensor(0))
         self.paced = self.hard_labels = paced
         self.judge = next((t.name for t in plan if t.kind == 'logits'), None)
         if paced: check_paced(plan)
@@ -309,6 +354,13 @@ def _paced(self:DiffKDDistiller, student, target):
     scores = student[self.judge].flatten(1)
     w = edge_weights(tap.scores(scores, scores)[0], check_labels('DiffKD', target, len(scores)))
     return {n: weigh_samples(m, w) for n,m in student.items()}
+
+# %% ../nbs/05_diffkd.ipynb #1ca17274
+@patch
+def learn_teacher(self:DiffKDDistiller, teacher, draws=None):
+    "Diffusion and reconstruction loss, summed over taps"
+    found = [tap.learn_teacher(teacher[n], size, draws) for tap,n,size in zip(self.taps, self.names, self.sizes)]
+    return {k: sum(self.lambdas[k]*w*l[i] for w,l in zip(self.weights, found)) for i,k in enumerate(('diffusion', 'reconstruction'))}
 
 # %% ../nbs/05_diffkd.ipynb #bda34c91
 @patch

@@ -562,6 +562,40 @@ def average_gradients(self:Distillation):
     dist.all_reduce(flat)
     for g,mean in zip(grads, (flat/n).split([g.numel() for g in grads])): g.copy_(mean.view(g.shape))
 
+# %% ../nbs/08_distillation.ipynb #7ed5668c
+@patch
+def pretraining_left(self:Distillation) -> int:
+    "Steps that the method still wishes to learn from the teacher alone"
+    wishes = [m for m in self.distiller.modules() if getattr(m, 'pretrain', 0)]
+    return max((m.pretrain - int(m.pretrained) for m in wishes), default=0)
+
+@patch
+def pretrain(self:Distillation,
+    batches, # Inputs of the student, batch by batch; iterated anew until the steps are done
+    lr:float=1e-3 # Rate of Adam
+) -> list: # Sum of the losses in each step
+    "Train the method on the teacher alone, as many steps as it wishes; after `start`"
+    dev, found = next(self.distiller.parameters()).device, []
+    draws = Draws(torch.Generator(dev).manual_seed(self.generator.initial_seed() ^ 0x7ea), self.draws.part)
+    opt = torch.optim.Adam(self.parameters(), lr)
+    for xb in _repeated(batches, self.pretraining_left()):
+        losses = self.distiller.learn_teacher(self.teacher_maps(xb), draws)
+        sum(losses.values()).backward()
+        self.average_gradients(); opt.step(); opt.zero_grad()
+        found.append(sum(l.detach() for l in losses.values()))
+    for m in self.distiller.modules():
+        if getattr(m, 'pretrain', 0): m.pretrained.fill_(m.pretrain)
+    return torch.stack(found).tolist() if found else []
+
+def _repeated(batches, n):
+    "The first `n` batches of as many passes as it takes"
+    while n > 0:
+        before = n
+        for xb in batches:
+            if n == 0: return
+            yield xb; n -= 1
+        if n == before: raise ValueError("the loader gives no batch to learn the teacher's features from.")
+
 # %% ../nbs/08_distillation.ipynb #9df32971
 @patch
 def state_dict(self:Distillation) -> dict: # Weights of the method, state of its generator

@@ -254,6 +254,15 @@ def expect(self:Distiller,
 ):
     "Hear how much of the training is left"
 
+# %% ../nbs/04a_distiller.ipynb #86ed6227
+@patch
+def learn_teacher(self:Distiller,
+    teacher:Mapping[str,Tensor], # Tap name to (B, D, H, W)
+    draws:Draws|None=None # Source of random numbers; PyTorch's global generator by default
+) -> dict: # Weighted losses that need no student; empty for a method that has none
+    "The losses of a batch that train the method on the teacher alone"
+    return {}
+
 # %% ../nbs/04a_distiller.ipynb #fda3cb77
 @patch
 def columns(self:Distiller) -> dict: # Header to one value per tap; empty without parameters

@@ -138,6 +138,11 @@ def expect(self:Together, epochs, steps=None):
     "Tell all parts"
     for m in self.methods.values(): m.expect(epochs, steps)
 
+@patch
+def learn_teacher(self:Together, teacher, draws=None):
+    "The losses of all parts that need no student"
+    return {k: v for m in self.methods.values() for k,v in m.learn_teacher(teacher, draws).items()}
+
 # %% ../nbs/07a_methods.ipynb #176f4ac1
 def together(
     *names # Keys of `METHODS`

@@ -13,13 +13,16 @@ if os.environ.get('PYTEST_XDIST_WORKER'):
     workers.start_server()
 
 # The longest first, so that two processes end together; what is not named comes after these
-LONGEST = ['test_methods', 'test_invariants', 'test_compare', 'test_fast', 'test_demo', 'test_distributed', 'test_docs', 'test_resume']
-LAST = ['test_notebooks']       # many items of their own: they fill up what is left
+LONGEST = ['test_invariants', 'test_demo', 'test_compare', 'test_docs', 'test_shared_teacher', 'test_models', 'test_tables', 'test_distributed',
+           'test_fast', 'test_commands', 'test_resume', 'test_table9', 'test_method_invariants', 'test_gpu_sh']
+LAST = ['test_notebooks']       # many items of their own: they fill up what is left, the longest of them first
+LONG_PAGES = ['40_', '44_', '31_', '19_', '18_', '42_', '62_', '20_', '05_', '03_']
 
 
 def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONGEST)} | {name: 100 + i for i, name in enumerate(LAST)}
-    items.sort(key=lambda item: place.get(Path(item.path).stem, 50))
+    page = lambda item: next((i for i, n in enumerate(LONG_PAGES) if f'[{n}' in item.name), len(LONG_PAGES))
+    items.sort(key=lambda item: (place.get(Path(item.path).stem, 50), page(item)))
 
 
 @pytest.hookimpl(optionalhook=True)

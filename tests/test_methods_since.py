@@ -2,7 +2,7 @@
 import json, math
 import pytest
 from pairs import *
-from diffkd_nb.callback import DistillCallback, distillation
+from diffkd_nb.callback import DiffKDCallback, DistillCallback, distillation
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.diffkd import DiffKDDistiller
 from diffkd_nb.distiller import Context, edge_weights
@@ -368,6 +368,42 @@ def test_two_teachers():
     with pytest.raises(TypeError, match='two or more'): DistillCallback(teachers[:1], 'kd')
 
 
+def test_learning_the_teacher_first(capsys):
+    "The student's batches, random numbers and hooks are those of a training without it"
+    seen, drawn = {}, {}
+    class Watch(Callback):
+        def before_batch(self):
+            if self.training: seen.setdefault(steps, []).append(self.xb[0].sum().item())
+    for steps in (0, 7):
+        set_seed(0)
+        teacher = sequential(20).eval(); was = snapshot(teacher)
+        cb = DiffKDCallback(teacher, taps=['feature'], pretrain=steps)
+        learn = learner(sequential(6), cb, dls=dls_of((32, 32))); learn.add_cb(Watch())
+        with quiet(learn): learn.fit(2, 1e-3)
+        drawn[steps] = torch.rand(1).item()
+        same(was, snapshot(teacher))
+        assert cb.kd.pretraining_left() == 0 and getattr(cb.distiller, 'pretrained', 0) == steps
+        assert not n_hooks(learn.model) and not n_hooks(teacher)
+    assert seen[0] == seen[7] and drawn[0] == drawn[7]
+    said = capsys.readouterr().out
+    assert said.count('learnt the teacher in 7 steps') == 1                 # once, not in the second epoch
+    with pytest.raises(ValueError, match='0 or more, got -1'): DiffKDDistiller(plan_of('diffkd'), pretrain=-1)
+
+
+@pytest.mark.parametrize('options', [dict(predicts='clean'), dict(mixing='vp'), dict(mixing='vp', start='gamma'), dict(predicts='clean', norms='separate')], ids=str)
+def test_other_forms_of_the_diffusion_learn(options):
+    set_seed(0)
+    d, x = DiffKDDistiller(plan_of('diffkd'), **options), None
+    s, t = ({p.name: torch.randn(16, *(p.student if r == 's' else p.teacher).shape) for p in plan_of('diffkd')} for r in 'st')
+    opt = torch.optim.Adam(d.parameters(), 1e-2)
+    seen = []
+    for i in range(60):
+        losses = d(s, t, draws=Draws(torch.Generator().manual_seed(i)))
+        sum(losses.values()).backward(); opt.step(); opt.zero_grad(); seen.append({k: v.item() for k,v in losses.items()})
+    mean = lambda rows, k: sum(r[k] for r in rows)/len(rows)
+    assert all(mean(seen[-10:], k) < .8*mean(seen[:10], k) for k in ('kd', 'diffusion'))
+
+
 def test_runs_with_two_teachers(tmp_path):
     spec = {n: f"{n}@{tmp_path/n.replace(':', '')}.safetensors" for n in ('small:8', 'small:6')}
     for i,(n,s) in enumerate(spec.items()):
@@ -375,7 +411,7 @@ def test_runs_with_two_teachers(tmp_path):
     files, both = [s.partition('@')[2] for s in spec.values()], ' + '.join(spec.values())
     short = get_recipe('tiny').replace(epochs=1)
     c = compare([(both, 'small:4'), (spec['small:8'], 'small:4')], ['kd', 'meal'], 1, short, 'digits', tmp_path/'c',
-                executor='here', progress=False)
+                executor='here', threads=1, progress=False)
     assert set(c.runs.teacher) == {'small:8 + small:6', 'small:8'} and len(c.runs) == 4
     assert verify(tmp_path/'c', teacher=files) and not verify(tmp_path/'c', teacher=files[1:], evaluate_students=False)
     out = next(tmp_path.glob('c/small_4-from-small_8_small_6/kd*/seed0'))
