@@ -472,7 +472,8 @@ def _pretrain(self:DistillCallback):
         if self.cache is not None: self.cache.open(dl, self.kd)
         losses = self.kd.pretrain(_InputsOf(dl, n))
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
-    if self.verbose: print(f'learnt the teacher in {len(losses)} steps: loss {mean(losses[:20]):.3f} at first, {mean(losses[-20:]):.3f} in the end')
+    first, last = mean(losses[:20]), mean(losses[-20:])
+    if self.verbose: print(f'learnt the teacher in {len(losses)} steps: loss {first:.3f} at first, {last:.3f} in the end')
 
 class _InputsOf:
     "The inputs of a loader's batches"

@@ -189,7 +189,8 @@ examples:
     p.add_argument('--methods', action=_Tell, help='say what each method needs, what it adds and when to use it, and end')
     _common(p, required=True)
     p.add_argument('--teacher', help='NAME@FILE, or NAME@WEIGHTS for published ones '
-                                     '(torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); several joined by +; not needed by --method alone')
+                                     '(torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); '
+                                     'several joined by +; not needed by --method alone')
     add_fields(p, 'student', required=True); add_fields(p, 'method', default='diffkd'); add_fields(p, 'seed', default=0)
     add_fields(p, 'out', required=True); add_fields(p, 'keep_distiller', 'diagnostics')
     return p
@@ -313,7 +314,8 @@ def verify_parser() -> argparse.ArgumentParser:
 exit status: 0 all checks passed, 1 something does not match, 2 a mistake in the options""")
     p.add_argument('folder', type=Path, help='a run, or a folder with runs in it')
     p.add_argument('--data', help='where the data is now, if not where it was')
-    p.add_argument('--teacher', type=Path, nargs='+', help="the teacher's weights, or those of several, to compare with the hash on record")
+    p.add_argument('--teacher', type=Path, nargs='+',
+                   help="the teacher's weights, or those of several, to compare with the hash on record")
     p.add_argument('--files-only', action='store_true', help='do not evaluate students')
     p.add_argument('--device', help='where to evaluate (default: cpu)')
     p.add_argument('--trust', action='store_true',
