@@ -7,7 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/study.html.md"""
 # %% ../nbs/32_study.ipynb #54a6956f
 from __future__ import annotations
 import math, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
@@ -32,11 +32,13 @@ class Setting:
     kind:str # Kind of data, as in the description that `open_data` reads
     options:dict # Further arguments of `run`
     core_minutes:float # Of one run on one core, measured once; a guess until runs are on record
+    query:str='' # What follows the folder in the description of the data, such as `'holdout=500'`
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.)}
+SETTINGS['S2 held out'] = replace(SETTINGS['S2'], name='S2 held out', query='holdout=500')
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ _TEXT = { # Variants of the question about sentences
     'KD + DiffKD': 'kd+diffkd:taps=feature',
     'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature'}
 
+# %% ../nbs/32_study.ipynb #d14db16c
+_ON_KD = 'kd+diffkd:{}taps=feature'
+_LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for name,options in { # Forms of the denoiser, on top of KD
+    'KD + identity': _IDENTITY, 'KD + DiffKD': '', 'pre-trained': 'pretrain=600', 'by diffusion': 'trained_by=diffusion',
+    'by diffusion, pre-trained': 'trained_by=diffusion,pretrain=600', 'own BatchNorm': 'norms=separate',
+    'start by gamma': 'start=gamma', 'start by gamma, variance kept': 'start=gamma,mixing=vp',
+    'clean feature': 'predicts=clean'}.items()}}
+
 # %% ../nbs/32_study.ipynb #3433b7c9
 QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('1', 'Does the denoiser add anything, alone or on top of KD?', 'S1', {
@@ -69,7 +79,9 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT,
         (('DiffKD', 'identity'), ('logits', 'logits identity'), ('feature', 'feature identity'),
          ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'KD'), ('DiffKD', 'alone'),
-         ('DiffKD', 'DIST')), tuple(range(200, 210))),)}
+         ('DiffKD', 'DIST')), tuple(range(200, 210))),
+    Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
+        tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))))}
 
 def get_question(
     key:str # A key of `QUESTIONS`
@@ -137,6 +149,15 @@ def variants_table(self:Question,
                      'minutes': own.seconds.median()/60})
     return pd.DataFrame(rows).set_index('variant')
 
+# %% ../nbs/32_study.ipynb #587a03f0
+@patch
+def describe(self:Setting,
+    folder:Path|None # Of the data; None for data without one
+) -> str: # As `open_data` reads it
+    "The data of a setting"
+    where = f'{self.kind}:{folder}' if folder else self.kind
+    return f'{where}?{self.query}' if self.query else where
+
 # %% ../nbs/32_study.ipynb #d382a78d
 def study(
     question:str|Question, # A key of `QUESTIONS`
@@ -158,7 +179,7 @@ def study(
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
     how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here')
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), list(asked), s.recipe,
-                   f'{s.kind}:{data}' if data else s.kind, out, threads=1, minutes=minutes, cache=cache,
+                   s.describe(data), out, threads=1, minutes=minutes, cache=cache,
                    keep_student=[q.seeds[0]], progress=progress, **how, **s.options)
 
 # %% ../nbs/32_study.ipynb #1300259c
