@@ -89,10 +89,7 @@ class DiffKD(nn.Module):
         super().__init__()
         _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms, predicts=predicts,
                mixing=mixing, dense_form=dense_form)
-        if kind == 'logits' and distance == 'cwd':
-            raise ValueError("distance 'cwd' compares positions of maps, and logits have one: use 'kl' or 'dist'.")
-        if start == 'gamma' and not adapter:
-            raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
+        _check_pairs(kind, distance, start, adapter)
         self.kind, self.align = kind, align
         self.steps, self.start = steps, start
         self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
@@ -115,6 +112,13 @@ def _check(**given):
     "`ValueError` for an option that is none of its choices"
     for k,v in given.items():
         if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}.")
+
+def _check_pairs(kind, distance, start, adapter):
+    "`ValueError` for options that do not go together"
+    if kind == 'logits' and distance == 'cwd':
+        raise ValueError("distance 'cwd' compares positions of maps, and logits have one: use 'kl' or 'dist'.")
+    if start == 'gamma' and not adapter:
+        raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
 
 def _usual(kind, output):
     "Distance where nobody says"
