@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
-           'find_layout', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run', 'field_of', 'fields_of', 'find_key',
-           'main_tensor', 'class_map', 'last_feature', 'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair',
-           'in_training', 'named_tap', 'check_taps', 'plan_taps', 'gives_maps', 'plan_table', 'Call', 'Capture']
+           'find_layout', 'word_mask', 'masked_mean', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run',
+           'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'first_tensor',
+           'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
+           'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -67,7 +68,7 @@ def picture_aspect(
     return next((t.shape[2]/t.shape[3] for t in tensors_of(inputs) if t.dim() == 4), None)
 
 # %% ../nbs/00_taps.ipynb #dfeba562
-LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'series', 'vector') # Kinds of layouts
+LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'pooled', 'series', 'vector') # Kinds of layouts
 
 class Layout(NamedTuple):
     "How the output of a tapped module is laid out"
@@ -134,17 +135,35 @@ def _tokens(n, aspect, prefix, grids):
         if source is not None: return Layout('tokens', k, aspect, source)
     return next((Layout('tokens', k, aspect) for k in tries if k < n and _grid(n-k, aspect)), None)
 
+# %% ../nbs/00_taps.ipynb #fd9d0f85
+def word_mask(
+    inputs:Sequence # Inputs of a model
+) -> Tensor|None: # (B, N) bool, true where a word is; None where no input says so
+    "The `attention_mask` of a model's inputs"
+    found = (x.get('attention_mask') for x in inputs if isinstance(x, Mapping))
+    return next((m.bool() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
+
+def masked_mean(
+    x:Tensor, # (B, N, C)
+    mask:Tensor # (B, N), true where a word is
+) -> Tensor: # (B, C)
+    "Mean over the words of each sentence"
+    w = mask[..., None].to(x.dtype)
+    return (x*w).sum(1)/w.sum(1).clamp_min(1)
+
 # %% ../nbs/00_taps.ipynb #aeea65ad
 def to_map(
     x:Tensor, # Output of a tapped module
     layout:Layout, # Its layout, from `find_layout`
-    grid:tuple|None=None # (h, w) of tokens; from the layout's aspect if not given
+    grid:tuple|None=None, # (h, w) of tokens; from the layout's aspect if not given
+    mask:Tensor|None=None # (B, N), true where a `'pooled'` sequence has a word
 ) -> Tensor: # (B, C, H, W)
     "Bring the output of a tapped module into the form (B, C, H, W)"
     if layout.kind == 'vector': return x.flatten(1)[..., None, None]
     if layout.kind == 'map': return x
     if layout.kind == 'channels_last': return x.permute(0, 3, 1, 2)
     if layout.kind == 'sequence': return x.transpose(1, 2)[..., None]
+    if layout.kind == 'pooled': return masked_mean(x, mask)[..., None, None]
     if layout.kind == 'series': return x[..., None]
     x = x[:, layout.prefix:]
     grid = grid or _grid(x.shape[1], layout.aspect)
@@ -646,11 +665,20 @@ def plan_taps(
         place = _place(student, s_rec, s, 'student', s_asp, kind, layouts[0], output_key)
         if train is not None: place = in_training(place, student, train, output_key)
         other = _place(teacher, t_rec, t, 'teacher', t_asp, kind, layouts[1], output_key)
+        if layouts[0] is None: place = _by_words(place, xb)
+        if layouts[1] is None: other = _by_words(other, teacher_xb)
         if kind == 'logits' and classes is not None: place, other = _matched(place, other, list(classes))
         tap = Tap(name, kind, place, other, output if kind == 'logits' else None)
         _check_tap(tap, plan)
         plan.append(tap)
     return plan
+
+# %% ../nbs/00_taps.ipynb #d587d75c
+def _by_words(place, inputs):
+    "A sequence of words that the inputs mark is compared by its mean"
+    mask = word_mask(inputs)
+    fits = mask is not None and place.layout.kind == 'sequence' and place.shape[1] == mask.shape[1]
+    return place._replace(layout=place.layout._replace(kind='pooled'), shape=(place.shape[0], 1, 1)) if fits else place
 
 # %% ../nbs/00_taps.ipynb #fe2c0473
 def gives_maps(
@@ -844,7 +872,8 @@ def _map(self:Capture, tap):
                        "planned: the model or its input has changed. Plan again (prepare(x), or a new fit).")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
-    m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None)
+    mask = word_mask(self.began[0][0]) if p.layout.kind == 'pooled' else None
+    m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None, mask)
     if p.outputs is not None and m.shape[1] > max(p.outputs): m = m[:, list(p.outputs)]
     if m.shape[1] != p.shape[0]: raise wrong
     return m

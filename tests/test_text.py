@@ -2,8 +2,14 @@
 import json, random
 import pandas as pd, pytest, torch
 import workers
+from fastai.basics import DataLoaders, Learner, set_seed
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
 from resuming import cut_and_resumed
+from diffkd_nb.callback import DiffKDCallback
 from diffkd_nb.comparison import compare
+from diffkd_nb.distillation import Distillation
 from diffkd_nb.files import InputError
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.run import evaluate, run
@@ -117,3 +123,54 @@ def test_bad_names_are_one_error(data, teacher, tmp_path):
     with pytest.raises(InputError, match='no augmentation'): run('small', data, None, 'bigru', 'alone', 0, tmp_path/'p', progress=False)
     with pytest.raises(InputError, match='teacher_stats'): run(RECIPE, data, teacher, 'bigru', 'kd', 0, tmp_path/'q', teacher_stats='imagenet', progress=False)
     assert not [f for f in tmp_path.rglob('*') if f.is_file() and f.name != '.lock']
+
+
+class Classifier(nn.Module):
+    "A Hugging Face model as fastai calls models: the input is a dict of tensors, the output an object with fields"
+    def __init__(self, hidden, layers):
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+        self.net = BertForSequenceClassification(BertConfig(
+            vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2*hidden, num_labels=3, max_position_embeddings=16))
+    def forward(self, x): return self.net(**x)
+
+
+def padded(n, length=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        k, ids = int(torch.randint(3, 9, (1,), generator=g)), torch.randint(1, 30, (8,), generator=g)
+        there = (torch.arange(length) < k).long()
+        yield dict(input_ids=F.pad(ids, (0, length - 8))*there, attention_mask=there), int(ids[0] % 3)
+
+
+def scores_loss(out, y): return F.cross_entropy(out.logits, y)
+
+
+def test_a_hugging_face_student_ends_in_save_pretrained(tmp_path):
+    from transformers import BertForSequenceClassification
+    set_seed(0)
+    dls = DataLoaders.from_dsets(list(padded(48)), list(padded(16, seed=1)), bs=16, device='cpu', num_workers=0)
+    teacher = Classifier(32, 2)
+    cb = DiffKDCallback(teacher, output='classes', output_key='logits', verbose=False)
+    learn = Learner(dls, Classifier(16, 1), loss_func=scores_loss, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+    assert [(t.kind, t.student.layout.kind, t.student.shape) for t in cb.plan] == [('feature', 'pooled', (16, 1, 1)), ('logits', 'vector', (3, 1, 1))]
+    assert learn.recorder.values[-1][0] < learn.recorder.values[0][0]
+    learn.model.net.save_pretrained(tmp_path)
+    plain, (x, _) = BertForSequenceClassification.from_pretrained(tmp_path).eval(), next(iter(dls.valid))
+    with torch.no_grad(): assert torch.equal(plain(**x).logits, learn.model.eval()(x).logits)
+
+
+@pytest.mark.parametrize('method', ['diffkd', 'fitnet', 'rkd'])
+def test_padding_changes_no_loss(method):
+    set_seed(0)
+    student, teacher = Classifier(16, 1).eval(), Classifier(32, 2).eval()
+    short, long = (default_collate([x for x,_ in padded(8, n)]) for n in (8, 12))
+    kd = Distillation(student, teacher, method, (short,), output_key='logits', seed=3)
+    losses = []
+    for x in (short, long):
+        kd.generator = None             # the same draws
+        with kd: student(x); losses.append(kd((x,)).losses)
+    assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
+    other = Distillation(student, teacher, method, (short,), [(t.student.name, t.teacher.name, t.kind) for t in kd.plan if t.kind == 'feature'], seed=3)
+    assert {t.student.layout.kind for t in other.plan} == {'pooled'}
