@@ -42,9 +42,9 @@ _MODELS = { # Our names of models to the paper's
     'shufflenetv2': 'ShuffleNetV2', 'mobilenetv1': 'MobileNetV1',
     **{f'smp:{ours}&output_stride=8{more}': paper for ours,more,paper in (
         ('DeepLabV3?encoder=resnet101', '', 'DeepLabV3-R101'), ('PSPNet?encoder=resnet18', _PRETRAINED, 'PSPNet-R18'),
-        ('DeepLabV3?encoder=resnet18', '', 'DeepLabV3-R18 (from scratch)'),
-        ('DeepLabV3?encoder=resnet18', _PRETRAINED, 'DeepLabV3-R18'),
-        ('DeepLabV3?encoder=mobilenet_v2', _PRETRAINED, 'DeepLabV3-MBV2'))}}
+        ('DeepLabV3?encoder=resnet18&decoder_channels=128', '', 'DeepLabV3-R18 (from scratch)'),
+        ('DeepLabV3?encoder=resnet18&decoder_channels=128', _PRETRAINED, 'DeepLabV3-R18'),
+        ('DeepLabV3?encoder=mobilenet_v2&decoder_channels=128', _PRETRAINED, 'DeepLabV3-MBV2'))}}
 
 # %% ../nbs/13a_published.ipynb #7dcc6f46
 def _figure(r):

@@ -52,9 +52,10 @@ _MV2, _EB0 = 'torchvision:mobilenet_v2', 'torchvision:efficientnet_b0'
 _BOTH = ('diffkd', 'diffkd:logits_loss=dist')
 _DL101 = 'smp:DeepLabV3?encoder=resnet101&output_stride=8'
 _STUDENTS6 = tuple(f'smp:{n}' for n in (
-    'DeepLabV3?encoder=resnet18&output_stride=8&weights=imagenet', 'DeepLabV3?encoder=resnet18&output_stride=8',
+    'DeepLabV3?encoder=resnet18&decoder_channels=128&output_stride=8&weights=imagenet',
+    'DeepLabV3?encoder=resnet18&decoder_channels=128&output_stride=8',
     'PSPNet?encoder=resnet18&output_stride=8&weights=imagenet',
-    'DeepLabV3?encoder=mobilenet_v2&output_stride=8&weights=imagenet'))
+    'DeepLabV3?encoder=mobilenet_v2&decoder_channels=128&output_stride=8&weights=imagenet'))
 _DENSE = ('alone', *(m for m in ('cwd', 'cirkd', 'maskd') if m in METHODS), 'diffkd')
 
 # %% ../nbs/29_tables.ipynb #717ebee8
