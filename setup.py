@@ -61,6 +61,7 @@ setup(
     package_data={name: ['published.csv']},
     extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split(),
                     'text': cfg['text_requirements'].split(),
+                    'dense': cfg['dense_requirements'].split(),
                     'distributed': cfg['distributed_requirements'].split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -18,6 +18,7 @@ from .head import *
 from .logits_since import *
 from .features_since import *
 from .dskd import *
+from .dense_methods import *
 from .methods import *
 from .outputs import *
 from .engine import *

@@ -35,7 +35,7 @@ from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble
 from .methods import METHODS, Method
 from .distillation import Distillation, NoTeacher, as_method, declared, is_teacherless
-from .outputs import check_kind, output_kind
+from .outputs import all_void, check_kind, output_kind
 from .teacher_learner import compare_teacher
 from .precision import close_on_cpu, open_on_cpu
 
@@ -192,7 +192,7 @@ class DistillCallback(Callback):
         with same_rng(): self.method = as_method(distiller, options)
         self.teacher = NoTeacher() if teacher is None and is_teacherless(self.method) else _teacher_model(teacher)
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
-        taps = self.method.taps(taps)
+        self.given_taps,taps = taps,self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
             raise ValueError("taps is empty: there is nothing to distil. "
                              "Leave it out for the default, ['feature', 'logits'].")
@@ -252,7 +252,7 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None and self.kd.student is student: return self.kd
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
-    self.kd = Distillation(student, self.teacher, self.method, (), self.asked_taps, self.seed,
+    self.kd = Distillation(student, self.teacher, self.method, (), self.given_taps, self.seed,
                            self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(), self.classes,
                            self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
@@ -288,6 +288,7 @@ def make_plan(self:DistillCallback,
     old = kd.distiller
     kd.prepare(first_samples(xb))
     if kd.output is None and self._reads_outputs(): kd.forget_plan(); output_kind(self.learn.loss_func)
+    _check_axis(self.learn.loss_func, kd.plan)
     if kd.distiller is old: return
     self.tail = OptimizerTail(kd.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(kd.distiller))
     if self.compile:
@@ -295,6 +296,13 @@ def make_plan(self:DistillCallback,
     if self.verbose: print(kd)
     if self.waiting is not None: self.load_state_dict(self.waiting)
     if self.fitting: self._check_method(kd.distiller); self._add_columns()
+
+def _check_axis(loss, plan):
+    "`ValueError` where a loss of fastai looks for the classes of a map on another axis than theirs"
+    maps = any(t.form == 'dense' and t.output == 'classes' and t.student.layout.kind == 'map' for t in plan)
+    if not maps or getattr(loss, 'axis', 1) == 1: return
+    raise ValueError(f"the student gives scores for each pixel, with the classes on axis 1, and the loss reads axis {loss.axis}: "
+                     "pass axis=1, as in CrossEntropyLossFlat(axis=1).")
 
 # %% ../nbs/09_callback.ipynb #0f370829
 @patch
@@ -513,9 +521,11 @@ def _give_back_loss(self:DistillCallback):
 # %% ../nbs/09_callback.ipynb #070f6a9e
 @patch
 def after_loss(self:DistillCallback):
-    "Add the losses of the distillation to the Learner's"
+    "Add the losses of the distillation to the Learner's, which is 0 where all pixels of a batch are void"
     if not (self.attached and self.training): return
-    task, target = self.learn.loss_grad, None if self.lent_loss is not None else self.yb[0]
+    target = None if self.lent_loss is not None else self.yb[0]
+    void, task = all_void(self.learn.loss_func, target), self.learn.loss_grad
+    if void is not None: task = torch.where(void, torch.zeros_like(task), task)
     step = self.kd(self.xb, target, task, self._places())
     self.kd.detach()
     self.learn.loss_grad = self.task_weight*task + step.total
@@ -653,9 +663,10 @@ class DiffKDCallback(DistillCallback):
     @delegates(DiffKD.__init__, but=['student_channels', 'teacher_channels', 'kind', 'distance'])
     def __init__(self,
         teacher:nn.Module|Learner, # The model to learn from; left as it is
-        taps:Sequence|None=None, # What to compare, see `plan_taps`: last feature map and logits by default
+        taps:Sequence|None=None, # See `plan_taps`: last feature map and logits by default; in segmentation the class map alone
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
         logits_loss:str='kl', # Distance of logit taps; `'dist'` is the paper's dagger row
+        dense_loss:str|None=None, # Distance of class maps, void pixels included: `'dist'` by default, as in the paper
         distances:dict|None=None, # Tap name to distance, where one tap differs from its kind
         task_weight:float=1., # Weight of the Learner's own loss
         kd_weight:float=1., # lambda 3 of eq. 9
@@ -675,7 +686,7 @@ class DiffKDCallback(DistillCallback):
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings; `'bf16'`: in bfloat16
         **kwargs
     ):
-        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, distances=distances, weights=weights,
+        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
                     reconstruction_weight=reconstruction_weight, paced=paced, **kwargs)
         _check_diffkd(opts, kwargs)
@@ -688,5 +699,5 @@ def _check_diffkd(opts, kwargs):
     if 'temperature' in kwargs: check_number('temperature', kwargs['temperature'], positive=True)
     with same_rng():
         DiffKDDistiller([], **{k: v for k,v in opts.items() if k not in ('distances', 'weights')})
-        names = opts['feature_loss'], opts['logits_loss'], *(opts['distances'] or {}).values()
+        names = opts['feature_loss'], opts['logits_loss'], opts['dense_loss'], *(opts['distances'] or {}).values()
         for d in names: DiffKD(8, 8, distance=d, **kwargs)

@@ -21,7 +21,7 @@ from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
 from .diffusion import N_TIMES, Denoiser, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
 from .controls import ddim_denoise_from, gamma_to_time, log_snr_schedule, own_norms, student_guess
-from .losses import Scores, get_distance
+from .losses import SCORES, Scores, get_distance
 from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
@@ -67,22 +67,26 @@ class DiffKD(nn.Module):
     def __init__(self,
         student_channels:int, # Channels of the student's feature, or classes
         teacher_channels:int, # Channels of the teacher's feature, or classes
-        kind:str='feature', # `'feature'`: (B, C, H, W); `'logits'`: (B, K), or (B, K, 1, 1)
-        latent:int|str|None='auto', # Width of the autoencoder; `'auto'` as the paper, None for none; logits have none
+        kind:str='feature', # `'feature'`: (B, C, H, W); `'logits'`: (B, K), or (B, K, 1, 1); `'dense'`: class maps (B, K, H, W)
+        latent:int|str|None='auto', # Width of the autoencoder; `'auto'` as the paper, None for none; class scores have none
         steps:int=5, # Denoiser calls on the student's feature
         start:str|int='released', # First time of denoising, see `ddim_times`; `'gamma'`: the one that gamma implies
         adapter:bool=True, # Without it no noise is added and gamma is 1
         denoiser:str='diffusion', # `'identity'` leaves the denoiser out: a control, not the method
         trained_by:str='both', # Which loss trains the denoiser: `'both'`, `'diffusion'` or `'kd'` alone
         norms:str='shared', # BatchNorm of the denoiser: `'shared'`, or `'separate'` layers for the student's maps
-        distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits by default
-        temperature:float=1., # Temperature of `'kl'` and `'dist'`
+        distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits, `'dist'` for maps of classes by default
+        temperature:float=1., # Temperature of `'kl'`, `'dist'` and `'cwd'`
         align:str='smaller', # Whose size maps of different size get, see `common_size`
         output:str|Callable|None=None, # What logits mean, see `Scores`; classes by default
-        zscore:bool=False # Compare logits in units of their own spread, see `standard_scores`
+        zscore:bool=False, # Compare class scores in units of their own spread, see `standard_scores`
+        dense_form:str='bottleneck', # Adapter and denoiser of class maps: 3x3 bottlenecks, or `'pointwise'` layers as of logits
+        least_width:int=4 # Smallest inner width of a class map's denoiser, half of it in the adapter
     ):
         super().__init__()
-        _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms)
+        _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms, dense_form=dense_form)
+        if kind == 'logits' and distance == 'cwd':
+            raise ValueError("distance 'cwd' compares positions of maps, and logits have one: use 'kl' or 'dist'.")
         if start == 'gamma' and not adapter:
             raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
         self.kind, self.align = kind, align
@@ -90,32 +94,44 @@ class DiffKD(nn.Module):
         self.trained_by = trained_by
         self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
+        self.form = dict(feature='feature', logits='logits', dense=_FORMS[dense_form])[kind]
+        self.least = _least_widths(least_width) if kind == 'dense' else (1, 1)
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
-        self.scores = Scores(output, teacher_channels) if kind == 'logits' else None
-        self.distance = get_distance(distance or ('mse' if kind == 'feature' else 'kl'), temperature, output,
-                                     zscore and kind == 'logits')
+        self.scores = Scores(output, teacher_channels) if kind != 'feature' else None
+        self.distance = get_distance(distance or _usual(kind, output), temperature, output, zscore and kind != 'feature')
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
-_CHOICES = dict(kind=('feature', 'logits'), align=('smaller', 'student', 'teacher'), denoiser=('diffusion', 'identity'),
-                trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'))
+_FORMS = dict(bottleneck='feature', pointwise='logits')
+_CHOICES = dict(kind=('feature', 'logits', 'dense'), dense_form=tuple(_FORMS), align=('smaller', 'student', 'teacher'),
+                denoiser=('diffusion', 'identity'), trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'))
 def _check(**given):
     "`ValueError` for an option that is none of its choices"
     for k,v in given.items():
         if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}.")
 
+def _usual(kind, output):
+    "Distance where nobody says"
+    classes = not callable(output) and SCORES[output or 'classes'] == 'classes'
+    return 'mse' if kind == 'feature' else 'dist' if kind == 'dense' and classes else 'kl'
+
+def _least_widths(n):
+    "Smallest inner widths of denoiser and adapter"
+    if isinstance(n, int) and not isinstance(n, bool) and n >= 1: return n, max(n//2, 1)
+    raise ValueError(f"least_width must be an integer >= 1, got {n!r}.")
+
 # %% ../nbs/05_diffkd.ipynb #0048b6bb
 @patch
 def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter, denoiser, norms):
     "Autoencoder, projections, adapter, denoiser and schedule, made in this order"
-    maps = self.kind == 'feature'
-    wide = latent_width(teacher_channels, latent) if maps else None
+    maps = self.kind != 'logits'
+    wide = latent_width(teacher_channels, latent) if self.kind == 'feature' else None
     L = self.width = wide or teacher_channels
     self.autoencoder = LinearAutoencoder(teacher_channels, L) if wide else None
     self.project_in = nn.Conv2d(student_channels, L, 1) if maps else nn.Linear(student_channels, L)
-    self.adapter = NoiseAdapter(L, self.kind) if adapter else None
-    self.denoiser = Denoiser(L, self.kind) if denoiser == 'diffusion' else None
+    self.adapter = NoiseAdapter(L, self.form, self.least[1]) if adapter else None
+    self.denoiser = Denoiser(L, self.form, self.least[0]) if denoiser == 'diffusion' else None
     self.norms = own_norms(self.denoiser) if norms == 'separate' and self.denoiser is not None else None
     out = [nn.Conv2d(L, L, 1), nn.BatchNorm2d(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
     self.project_out = nn.Sequential(*out)
@@ -131,7 +147,7 @@ def draw(self:DiffKD,
     "The random draws of one call, in the released order"
     draws, shape = draws or Draws(), (self.width,)
     n, dev = len(student), student.device
-    if self.kind == 'feature': shape += common_size(student.shape[2:], teacher.shape[2:], self.align)
+    if self.kind != 'logits': shape += common_size(student.shape[2:], teacher.shape[2:], self.align)
     noise = draws.randn(n, *shape, device=dev) if self.adapter is not None else None
     if self.denoiser is None: return noise, None, None
     return noise, draws.randn(n, *shape, device=dev), draws.randint(N_TIMES, n, device=dev)
@@ -144,8 +160,9 @@ def read(self:DiffKD,
 ) -> tuple[Tensor,Tensor,Tensor,Tensor]: # Projected student feature Z, gamma (B,), teacher latent, reconstruction loss
     "What both sides bring to the denoising"
     teacher = teacher.detach()
-    if self.kind == 'logits': student, teacher = self.scores(student.flatten(1), teacher.flatten(1))
+    if self.kind == 'logits': student, teacher = student.flatten(1), teacher.flatten(1)
     else: student, teacher = align_maps(student, teacher, self.align)
+    if self.scores is not None: student, teacher = self.scores(student, teacher)
     z = self.project_in(student)
     if self.autoencoder is None: target, reconstruction = teacher, teacher.new_zeros((), dtype=torch.float32)
     else: target, reconstruction = self.autoencoder(teacher)
@@ -209,8 +226,8 @@ def forward(self:DiffKD,
     timesteps:Tensor|None=None, # Times of the diffusion loss, (B,), 0 to 999
     draws:Draws|None=None # Source of the draws that are not given; PyTorch's global generator by default
 ) -> DiffKDOutput:
-    "Denoise the student's feature and compute the three losses; needs two samples or more in training mode"
-    if self.training and student.shape[0] < 2:
+    "Denoise the student's feature and compute the three losses; needs two samples in training mode, but for class maps"
+    if self.training and student.shape[0] < 2 and self.kind != 'dense':
         raise ValueError("DiffKD normalises over the batch and needs at least 2 samples per training step, "
                          "got a batch of 1. "
                          "Use a larger batch, and drop_last=True if only the last batch is that small.")
@@ -249,11 +266,13 @@ class DiffKDDistiller(Distiller):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names, stat_names = ('kd', 'diffusion', 'reconstruction'), ('gamma',)
     default_taps, takes = ['feature', 'logits'], dict(feature=(0, math.inf), logits=(0, math.inf))
+    dense, dense_taps = True, ['logits']
     use = 'Where student and teacher differ much, and a dearer step is fine.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
         logits_loss:str='kl', # Distance of logit taps; `'dist'` is the paper's dagger row
+        dense_loss:str|None=None, # Distance of class maps: `'dist'` by default, the paper's for segmentation; or `'kl'`, `'cwd'`
         distances:Mapping|None=None, # Tap name to distance, where one tap differs from its kind
         kd_weight:float=1., # lambda 3 of eq. 9
         diffusion_weight:float=1., # lambda 1
@@ -261,7 +280,7 @@ class DiffKDDistiller(Distiller):
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
         paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
-                 # align, zscore
+                 # align, zscore, dense_form, least_width
     ):
         super().__init__(plan)
         distances, weights = dict(distances or {}), dict(weights or {})
@@ -271,10 +290,10 @@ class DiffKDDistiller(Distiller):
         self.paced = self.hard_labels = paced
         self.judge = next((t.name for t in plan if t.kind == 'logits'), None)
         if paced: check_paced(plan)
-        kinds = dict(feature=feature_loss, logits=logits_loss)
-        self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], t.kind,
-                                         distance=distances.get(t.name, kinds[t.kind]), output=t.output, **kwargs)
-                                  for t in plan)
+        losses, kinds = dict(feature=feature_loss, logits=logits_loss, dense=dense_loss), [t.form for t in plan]
+        self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], kind, output=t.output,
+                                         distance=distances.get(t.name, losses[kind]), **kwargs)
+                                  for t,kind in zip(plan, kinds))
 
 # %% ../nbs/05_diffkd.ipynb #b431ba09
 @patch

@@ -101,11 +101,12 @@ class CustomMethod:
     ):
         source = getattr(distiller, 'func', distiller)
         self.distiller,self.needs = distiller,tuple(getattr(source, 'needs', ()))
-        self.default_taps = getattr(source, 'default_taps', None)
+        self.default_taps,self.of_maps = (getattr(source, k, None) for k in ('default_taps', 'dense_taps'))
         self.name,self.task_weight = getattr(source, '__name__', type(source).__name__),1.
 
     def __str__(self): return self.name
     def taps(self, asked=None): return self.default_taps if asked is None else asked
+    def dense_taps(self, asked=None): return self.of_maps if asked is None else None
     def make(self, plan, context):
         if isinstance(self.distiller, nn.Module): return as_distiller(self.distiller)
         given = {k: v for k,v in context._asdict().items() if k in self.needs}
@@ -268,7 +269,7 @@ def prepare(self:Distillation,
     with same_rng():
         with seeded((seed + 0x5eed) % 2**63):
             taps = self.method.taps(self.asked_taps)
-            plan = self._find_taps(xb, taps)
+            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps))
             keep = self.distiller is not None and plan == self.plan and self.data_is_same()
             if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
@@ -292,14 +293,15 @@ def _made(self:Distillation, plan):
 
 # %% ../nbs/08_distillation.ipynb #37307dda
 @patch
-def _find_taps(self:Distillation, xb, taps):
+def _find_taps(self:Distillation, xb, taps, dense_taps=None):
     "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
     teacher = deepcopy(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
-    self._check_ensemble(taps)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
-                     output=self.output, classes=self.classes)
+                     output=self.output, classes=self.classes, dense_taps=dense_taps)
+    dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
+    self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
         raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would see another "
                          "one: make that operation out of place, or let the student work on x.clone().")

@@ -135,6 +135,7 @@ class Distiller(nn.Module):
     loss_names = () # Keys of what `forward` gives
     stat_names = () # Keys of `stats`: what is worth watching and no loss
     default_taps = ['feature'] # What to compare if nobody says, see `plan_taps`
+    dense_taps = None # The same for models that give maps of scores, as in segmentation; `default_taps` by default
     takes = dict(feature=(1, math.inf), logits=(0, 0)) # Kind of tap to the least and the largest number of them
     needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`
     outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
@@ -197,7 +198,7 @@ def _check_logits(self:Distiller, tap):
                          f"pass output={fix!r} or output='values'.")
     if not self.dense and tuple(s[1:]) != (1, 1):
         raise ValueError(f"{name} compares one set of scores per sample, got maps of {s[1]} x {s[2]}: "
-                         "use 'kd' or 'dist'.")
+                         "use 'diffkd', 'kd', 'dist' or 'cwd'.")
 
 # %% ../nbs/04a_distiller.ipynb #a18b19ba
 @patch

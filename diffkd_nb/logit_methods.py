@@ -16,6 +16,7 @@ from .taps import Tap
 from .losses import SCORES, Scores, dist_loss, get_distance, standard_scores
 from .distiller import (Distiller, check_labels, check_number, check_paced, edge_weights, to_float32,
                                  weigh_samples)
+from .diffkd import align_maps
 
 # %% auto #0
 __all__ = ['scores_of', 'KD', 'dkd_loss', 'DKD', 'DIST', 'ofa_loss', 'exit_branch', 'OFA']
@@ -48,7 +49,7 @@ class KD(Distiller):
         self.distances = [get_distance('kl', temperature, t.output, zscore) for t in plan]
 
     def losses(self, student, teacher, target=None):
-        pairs = [m(s, t) for m,s,t in zip(self.scores, student, teacher)]
+        pairs = [m(*align_maps(s, t)) for m,s,t in zip(self.scores, student, teacher)]
         if self.paced: pairs = [(_paced('KD', s, target), t) for s,t in pairs]
         return {'kd': sum(f(*p) for f,p in zip(self.distances, pairs))}
 
@@ -123,7 +124,7 @@ class DIST(Distiller):
 
     def losses(self, student, teacher, target=None):
         options = self.temperature, self.inter, self.intra
-        pairs = [m(s, t) for m,s,t in zip(self.scores, student, teacher)]
+        pairs = [m(*align_maps(s, t)) for m,s,t in zip(self.scores, student, teacher)]
         return {'dist': sum(dist_loss(*p, *options, kind) for p,kind in zip(pairs, self.kinds))}
 
 # %% ../nbs/06_logit_methods.ipynb #6c1a09b5

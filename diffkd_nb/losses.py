@@ -7,15 +7,17 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/losses.html.md"""
 # %% ../nbs/04_losses.ipynb #0362ca63
 from __future__ import annotations
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
-           'dist_loss', 'standard_scores', 'attention', 'attention_mse_loss', 'get_distance']
+           'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'get_distance',
+           'PixelCrossEntropy']
 
 # %% ../nbs/04_losses.ipynb #4fecc47a
 # What the outputs of a model can be, in words
@@ -155,6 +157,16 @@ def standard_scores(
     spread = torch.where(var > 0, torch.where(var > 0, var, 1).sqrt(), 0)
     return (x - x.mean(1, keepdim=True))/(spread + 1e-7)
 
+# %% ../nbs/04_losses.ipynb #d23f2241
+def cwd_loss(
+    student:Tensor, # Map (B, C, H, W)
+    teacher:Tensor, # The same shape
+    temperature:float=1. # tau
+) -> Tensor: # Scalar, float32; mean over samples and channels
+    "tau^2 KL(teacher || student) of each channel's softmax over the positions (Shu et al., CWD, ICCV 2021)"
+    s, t = (F.log_softmax(x.float().flatten(2)/temperature, 2) for x in (student, teacher))
+    return F.kl_div(s, t, reduction='sum', log_target=True)*temperature**2/(s.shape[0]*s.shape[1])
+
 # %% ../nbs/04_losses.ipynb #494a60c3
 def attention(
     x:Tensor, # Feature map (B, C, H, W)
@@ -175,12 +187,12 @@ def attention_mse_loss(
 
 # %% ../nbs/04_losses.ipynb #3073d826
 # Distances by name
-DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'attention_mse': attention_mse_loss}
+DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'cwd': cwd_loss, 'attention_mse': attention_mse_loss}
 
 # %% ../nbs/04_losses.ipynb #e92929b2
 def get_distance(
     name:str|Callable, # A key of `DISTANCES`, or any `f(student, teacher)` that gives a scalar
-    temperature:float=1., # Temperature of `'kl'` and `'dist'`; must be positive and finite
+    temperature:float=1., # Temperature of `'kl'`, `'dist'` and `'cwd'`; must be positive and finite
     output:str|Callable|None=None, # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance itself
     zscore:bool=False # Compare class scores in units of their own spread, see `standard_scores`
 ) -> Callable: # f(student, teacher) -> scalar
@@ -192,6 +204,7 @@ def get_distance(
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} "
                          "or a function of (student, teacher).")
+    if name == 'cwd': return partial(cwd_loss, temperature=temperature)
     if name not in ('kl', 'dist'): return DISTANCES[name]
     return _of_output(name, temperature, output)
 
@@ -213,3 +226,59 @@ def _of_output(name, temperature, output):
     if name == 'dist': return partial(dist_loss, temperature=temperature, output=kind)
     if kind == 'values': return values_loss
     return partial(dict(classes=kl_loss, labels=labels_loss)[kind], temperature=temperature)
+
+# %% ../nbs/04_losses.ipynb #9d5babe4
+class PixelCrossEntropy(nn.CrossEntropyLoss):
+    "Cross-entropy of class maps: void pixels are left out, a batch of void pixels counts 0, auxiliary maps count `aux`"
+    axis = 1 # Where the classes are
+    def __init__(self,
+        ignore_index:int=255, # Label of void pixels
+        aux:float=.4, # Weight of each further map of a model that gives a dict or a tuple of them
+        weight:Tensor|None=None, # Weight of each class (K,)
+        label_smoothing:float=0. # As in PyTorch's loss
+    ):
+        super().__init__(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        self.aux = aux
+
+    def forward(self,
+        pred, # Scores (B, K, h, w), or a dict or tuple of them, the model's answer first
+        target:Tensor # Classes (B, H, W)
+    ) -> Tensor: # Scalar; (B, H, W) where `reduction` is 'none'
+        "The loss"
+        answer, *others = _maps_of(pred)
+        loss = self.one(answer, target.long())
+        return loss + self.aux*sum(self.one(o, target.long()) for o in others) if others else loss
+
+# %% ../nbs/04_losses.ipynb #022386d9
+def _maps_of(pred):
+    "Class maps that a model gives, its answer first"
+    if isinstance(pred, Mapping): return [pred['out'], *(v for k,v in pred.items() if k != 'out')] if 'out' in pred else [*pred.values()]
+    return list(pred) if isinstance(pred, (tuple, list)) else [pred]
+
+@patch
+def one(self:PixelCrossEntropy,
+    pred:Tensor, # Scores (B, K, h, w)
+    target:Tensor # Classes (B, H, W), int64
+) -> Tensor: # As of the call
+    "The loss of one class map"
+    if pred.shape[2:] != target.shape[1:]: pred = F.interpolate(pred, target.shape[1:], mode='bilinear', align_corners=False)
+    how = dict(weight=self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
+    if self.reduction == 'none': return F.cross_entropy(pred, target, reduction='none', **how)
+    kept = target != self.ignore_index
+    n = kept if self.weight is None else self.weight[target.where(kept, 0)]*kept
+    return F.cross_entropy(pred, target, reduction='sum', **how)/n.sum().clamp(min=1e-12)
+
+# %% ../nbs/04_losses.ipynb #0d8e230d
+@patch
+def activation(self:PixelCrossEntropy,
+    pred # As of the loss
+) -> Tensor: # (B, K, h, w)
+    "Probabilities of the model's answer, as fastai asks for them"
+    return _maps_of(pred)[0].softmax(1)
+
+@patch
+def decodes(self:PixelCrossEntropy,
+    pred # Scores or probabilities, as of the loss
+) -> Tensor: # (B, h, w)
+    "The most likely class of each pixel"
+    return _maps_of(pred)[0].argmax(1)

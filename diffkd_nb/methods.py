@@ -24,25 +24,27 @@ from .head import SRRL, find_classifier
 from .logits_since import GDKD, MEAL, PSKD, TAID, TTM, WTTM
 from .features_since import CanKD, FMKT, LSHFM
 from .dskd import DSKD
+from .dense_methods import CIRKD, CWD, MasKD
 
 # %% auto #0
 __all__ = ['METHODS', 'parse_method', 'get_method', 'option_defaults', 'check_options', 'Together', 'together', 'Method',
            'all_options', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID',
            'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM',
-           'CanKD', 'DSKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss',
-           'pkt_loss', 'rkd_losses', 'find_classifier']
+           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian',
+           'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses', 'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #dfe2c85a
 _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM',
-         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'dkd_loss', 'ofa_loss',
-         'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
+         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD',
+         'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
          'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #e1e75360
 # Distillers by name
 METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=CRD, srrl=SRRL, vid=VID,
                reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller, ttm=TTM, wttm=WTTM, gdkd=GDKD, taid=TAID, pskd=PSKD,
-               meal=MEAL, fmkt=FMKT, lshfm=LSHFM, cankd=CanKD, dskd=DSKD)
+               meal=MEAL, fmkt=FMKT, lshfm=LSHFM, cankd=CanKD, dskd=DSKD, cwd=CWD, cirkd=CIRKD,
+               maskd=MasKD)
 
 def get_method(
     name:str # A key of `METHODS`, or several joined by `'+'`
@@ -102,7 +104,8 @@ class Together(Distiller):
         self.methods = nn.ModuleDict()
         for name in self.parts:
             cls, (asked, given) = METHODS[name], _split_taps(options.get(name, {}))
-            own = [t for t in plan if _wanted(t, asked or cls.default_taps)]
+            maps = cls.dense_taps if any(t.form == 'dense' for t in plan) else None
+            own = [t for t in plan if _wanted(t, asked or maps or cls.default_taps)]
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
 
@@ -236,6 +239,17 @@ def taps(self:Method,
         found = [_split_taps(o)[0] or METHODS[n].default_taps for n,o in zip(self.name.split('+'), own)]
         found = list(dict.fromkeys(t for ts in found for t in ts))
     return [found] if isinstance(found, str) else list(found)
+
+@patch
+def dense_taps(self:Method,
+    asked:Sequence|str|None=None # What a run asks for
+) -> list|None: # For `plan_taps`; None where a run or the method's text asks for taps
+    "What the method compares in models that give maps of scores, as in segmentation"
+    if self.name == 'alone' or asked is not None or 'taps' in self.options: return None
+    own = [self.options] if self.name in METHODS else [self.options.get(n, {}) for n in self.name.split('+')]
+    classes = [METHODS[n] for n in self.name.split('+')]
+    found = [_split_taps(o)[0] or c.dense_taps or c.default_taps for c,o in zip(classes, own)]
+    return list(dict.fromkeys(t for ts in found for t in ts))
 
 @patch
 def check(self:Method) -> Method: # Itself

@@ -6,43 +6,57 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/noise_adapter.html.md"""
 
 # %% ../nbs/01_noise_adapter.ipynb #f7219719
 from __future__ import annotations
+from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 
 # %% auto #0
-__all__ = ['Bottleneck', 'NoiseAdapter', 'mix']
+__all__ = ['Bottleneck', 'at_positions', 'NoiseAdapter', 'mix']
 
 # %% ../nbs/01_noise_adapter.ipynb #3f83b3fb
 class Bottleneck(nn.Module):
     "Residual bottleneck `x + block(x)` over (B, C, H, W) without a ReLU after the sum"
     def __init__(self,
         channels:int, # Channels C in and out
-        reduction:int=4 # The inner width is C // reduction, at least 1
+        reduction:int=4, # The inner width is C // reduction
+        least:int=1 # But not less than this
     ):
         super().__init__()
-        c = max(channels//reduction, 1)
+        c = max(channels//reduction, least)
         self.block = nn.Sequential(nn.Conv2d(channels, c, 1), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
                                    nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
                                    nn.Conv2d(c, channels, 1), nn.BatchNorm2d(channels))
 
     def forward(self, x:Tensor) -> Tensor: return x + self.block(x)
 
+# %% ../nbs/01_noise_adapter.ipynb #11f1b1f0
+def at_positions(
+    f:Callable, # Function of vectors (N, C)
+    x:Tensor # Vectors (B, C), or a map (B, C, H, W)
+) -> Tensor: # (B, D), or (B, D, H, W)
+    "Apply a function of vectors to each position of a map"
+    if x.dim() == 2: return f(x)
+    rows = x.movedim(1, -1)
+    return f(rows.flatten(0, -2)).view(*rows.shape[:-1], -1).movedim(-1, 1)
+
 # %% ../nbs/01_noise_adapter.ipynb #a5c3cdc5
 class NoiseAdapter(nn.Module):
     "Predicts the share gamma of the student's feature in the mixed start (paper, eq. 8), one scalar per sample"
     def __init__(self,
         channels:int, # Latent width L
-        kind:str='feature' # `'feature'` for maps (B, L, H, W), `'logits'` for (B, L)
+        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'logits'` for (B, L) or each position of a map
+        least:int=1 # Smallest inner width of the bottleneck
     ):
         super().__init__()
-        L = channels
-        if kind == 'feature': self.body = nn.Sequential(Bottleneck(L, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        L, self.kind = channels, kind
+        if kind == 'feature': self.body = nn.Sequential(Bottleneck(L, 8, least), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         else: self.body = nn.Sequential(nn.Linear(L, 2*L), nn.BatchNorm1d(2*L), nn.ReLU(inplace=True),
                                         nn.Linear(2*L, L), nn.BatchNorm1d(L))
         self.head = nn.Linear(L, 2)
 
     def forward(self, z:Tensor) -> Tensor: # gamma, (B,), float32, between 0 and 1
-        return self.head(self.body(z)).float().softmax(1)[:, 0]
+        x = self.body(z) if self.kind == 'feature' else at_positions(self.body, z)
+        return self.head(x if x.dim() == 2 else x.mean((2, 3))).float().softmax(1)[:, 0]
 
 # %% ../nbs/01_noise_adapter.ipynb #66e6b9fd
 def mix(

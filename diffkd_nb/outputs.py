@@ -17,7 +17,7 @@ from .distiller import output_refusal
 from .methods import METHODS
 
 # %% auto #0
-__all__ = ['LEARNERS', 'check_kind', 'output_kind', 'check_values', 'method_table']
+__all__ = ['LEARNERS', 'check_kind', 'output_kind', 'all_void', 'check_values', 'method_table']
 
 # %% ../nbs/07b_outputs.ipynb #7877295f
 def check_kind(
@@ -77,6 +77,16 @@ def output_kind(
     name = getattr(loss_func, '__qualname__', None) or type(loss_func).__name__
     raise ValueError(f"cannot tell from the loss {name} what the model's outputs mean: say it with output=, "
                      f"one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher).")
+
+# %% ../nbs/07b_outputs.ipynb #8cc1a525
+def all_void(
+    loss_func:Callable, # A Learner's loss
+    target # Targets of a batch
+) -> Tensor|None: # Bool; None where the targets are no map of classes, or the loss leaves nothing out
+    "Whether no pixel of a batch has a label"
+    maps = isinstance(target, Tensor) and target.dim() > 2 and not target.is_floating_point()
+    ignore = getattr(loss_func, 'keywords', {}).get('ignore_index', getattr(_inner_loss(loss_func), 'ignore_index', None))
+    return (target == ignore).all() if maps and ignore is not None else None
 
 # %% ../nbs/07b_outputs.ipynb #b88aa434
 def _ends_in(x):

@@ -278,5 +278,6 @@ def plan(self:Opened) -> list: # Of `Tap`; empty for a student that learns alone
         xb = self.data.example(2)
         xb = xb if isinstance(xb, tuple) else (xb,)
         seen = None if self.transform is None else tuple(map(self.transform, xb))
-        try: return plan_taps(student, self.teacher.model, *xb, taps=self.taps, teacher_xb=seen)
+        try: return plan_taps(student, self.teacher.model, *xb, taps=self.taps, teacher_xb=seen,
+                              dense_taps=self.setup.method.dense_taps(self.setup.taps))
         except ValueError as e: raise InputError(str(e)) from None

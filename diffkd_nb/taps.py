@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
-           'find_layout', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run', 'last_feature', 'first_tensor',
-           'stage_features', 'Place', 'Tap', 'check_pair', 'field_of', 'fields_of', 'find_key', 'in_training',
-           'named_tap', 'check_taps', 'plan_taps', 'plan_table', 'Call', 'Capture']
+           'find_layout', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run', 'field_of', 'fields_of', 'find_key',
+           'main_tensor', 'class_map', 'last_feature', 'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair',
+           'in_training', 'named_tap', 'check_taps', 'plan_taps', 'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -205,6 +206,49 @@ def dry_run(
 
 def _is_script(model): return isinstance(model, torch.jit.ScriptModule)
 
+# %% ../nbs/00_taps.ipynb #6c730d76
+def field_of(
+    output, # What a module gave
+    key=None # Field of a tuple, dict or object; None for a tensor
+): # The field
+    "A field of what a module gave; a tensor is its own field"
+    if isinstance(output, Tensor) or key is None: return output
+    if isinstance(output, Mapping) or isinstance(key, int): return output[key]
+    return getattr(output, key)
+
+def fields_of(
+    output # A tuple, dict or object
+) -> dict: # Key to tensor
+    "The tensors that can be named in what a module gave"
+    if isinstance(output, Mapping): items = output.items()
+    elif hasattr(output, '_fields'): items = zip(output._fields, output)
+    elif isinstance(output, (tuple, list)): items = enumerate(output)
+    else: items = getattr(output, '__dict__', {}).items()
+    return {k: v for k,v in items if isinstance(v, Tensor)}
+
+# %% ../nbs/00_taps.ipynb #4aec0d68
+def find_key(
+    output, # What a module gave
+    key=None, # What the user names
+    shape:tuple|None=None, # What the tensor must look like, (B, ...); (batch, classes), else a map, if not given
+    where:str='the model' # Word for the module in the error message
+): # Key for `field_of`; None for a tensor
+    "Which field is meant; `ValueError` where it cannot be known"
+    if isinstance(output, Tensor): return None
+    fields = fields_of(output)
+    if key is not None:
+        if key in fields: return key
+        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=.")
+    fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
+    if shape is None and not fits: fits = [k for k,v in fields.items() if v.dim() == 4]
+    for k in ('logits', 'out'):
+        if k in fits: return k
+    if len(fits) == 1: return fits[0]
+    raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
+                     "name the one to compare with output_key=, or tap a module inside or after it.")
+
+def _listed(fields): return ', '.join(f'{k!r} {tuple(v.shape)}' for k,v in fields.items())
+
 # %% ../nbs/00_taps.ipynb #94b2e4de
 def _is_pool(m): return 'pool' in type(m).__name__.lower()
 def _is_global_pool(m): return _is_pool(m) and any(w in type(m).__name__.lower() for w in ('adaptive', 'global'))
@@ -234,7 +278,7 @@ def _extent(r):
 
 def _class_maps(records):
     "Indices of maps of scores: their mean over the positions is the model's output, or they are the output, perhaps resized"
-    final, found = next(iter(tensors_of([records[-1].output])), None), set()
+    final, found = main_tensor(records[-1].output), set()
     if final is not None and final.dim() == 4: return _final_maps(records, final)
     if final is None or final.dim() != 2: return found
     for i,r in enumerate(records):
@@ -247,14 +291,47 @@ def _class_maps(records):
 def _final_maps(records, final):
     "Indices of the last maps, as long as they have the channels of the output; none where all have them"
     maps = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 4]
-    n = next((k for k,i in enumerate(maps[::-1]) if records[i].output.shape[:2] != final.shape[:2]), 0)
-    return set(maps[len(maps)-n:])
+    end = _resized(records, final)
+    up_to = [i for i in maps if end is None or i <= end]        # what comes later is another output's
+    n = next((k for k,i in enumerate(up_to[::-1]) if records[i].output.shape[:2] != final.shape[:2]), None)
+    return set(maps[len(up_to)-n:]) if n is not None else set()
+
+def main_tensor(output): # -> Tensor or None
+    "The output of a model: `'out'` or `'logits'` of a dict, else its first tensor"
+    fields = {} if isinstance(output, Tensor) else fields_of(output)
+    named = next((fields[k] for k in ('logits', 'out') if k in fields), None)
+    return next(iter(tensors_of([output]) or fields.values()), None) if named is None else named
 
 def _plain(x):
     "A float tensor without quantisation, outside of inference mode"
     x = x.dequantize() if x.is_quantized else x
     x = x.clone() if x.is_inference() else x
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+# %% ../nbs/00_taps.ipynb #c9824b49
+_ENLARGE = (dict(mode='bilinear', align_corners=False), dict(mode='bilinear', align_corners=True), dict(mode='nearest'),
+            dict(mode='bicubic', align_corners=False), dict(mode='nearest-exact'))
+
+def _resized(records, final):
+    "Index of the last map that becomes the output by enlarging; None where there is none"
+    size, whole = tuple(final.shape[2:]), _plain(final)
+    for i in reversed(range(len(records))):
+        r = records[i]
+        fits = _is_map(r) and r.output.dim() == 4 and r.output.shape[:2] == final.shape[:2]
+        if not fits or math.prod(r.output.shape[2:]) >= math.prod(size): continue
+        small = _plain(r.output)
+        if any(torch.allclose(F.interpolate(small, size, **how), whole, rtol=1e-3, atol=1e-4) for how in _ENLARGE): return i
+
+def class_map(
+    records:Sequence[Record], # From `dry_run`
+    key=None # Field of the model's output, where it gives several; as `find_key` has it by default
+) -> str: # Dotted name, `''` for the output itself
+    "Name of the module that gives the scores of a segmentation model, before the last enlarging"
+    out = records[-1].output
+    final = main_tensor(out) if key is None else field_of(out, find_key(out, key))
+    if not isinstance(final, Tensor) or final.dim() != 4: return ''
+    i = _resized(records, final)
+    return '' if i is None else _numbered(records)[i]
 
 # %% ../nbs/00_taps.ipynb #c4da49b4
 def last_feature(
@@ -365,6 +442,11 @@ class Tap(NamedTuple):
     teacher:Place # Where in the teacher
     output:str|None=None # What logits mean: 'classes', 'labels', 'values', 'probabilities', see `output_kind`
 
+    @property
+    def form(self) -> str: # 'feature', 'logits' or 'dense'
+        "The kind; `'dense'` for scores at many positions, as in segmentation"
+        return 'dense' if self.kind == 'logits' and tuple(self.student.shape[1:]) != (1, 1) else self.kind
+
 # %% ../nbs/00_taps.ipynb #ddc0cf68
 def check_pair(
     student:nn.Module, # The model that is trained
@@ -410,46 +492,6 @@ def _why_silent(model, role, name):
     script = _is_script(unwrap(model))
     return f"module {name!r} of the {role} did not run in a forward pass: tap one that does." if not script else (
         f"the {role} is a TorchScript model, which shows its output alone: distil the logits with taps=['logits'].")
-
-# %% ../nbs/00_taps.ipynb #6c730d76
-def field_of(
-    output, # What a module gave
-    key=None # Field of a tuple, dict or object; None for a tensor
-): # The field
-    "A field of what a module gave; a tensor is its own field"
-    if isinstance(output, Tensor) or key is None: return output
-    if isinstance(output, Mapping) or isinstance(key, int): return output[key]
-    return getattr(output, key)
-
-def fields_of(
-    output # A tuple, dict or object
-) -> dict: # Key to tensor
-    "The tensors that can be named in what a module gave"
-    if isinstance(output, Mapping): items = output.items()
-    elif hasattr(output, '_fields'): items = zip(output._fields, output)
-    elif isinstance(output, (tuple, list)): items = enumerate(output)
-    else: items = getattr(output, '__dict__', {}).items()
-    return {k: v for k,v in items if isinstance(v, Tensor)}
-
-# %% ../nbs/00_taps.ipynb #4aec0d68
-def find_key(
-    output, # What a module gave
-    key=None, # What the user names
-    shape:tuple|None=None, # What the tensor must look like, (B, ...); (batch, classes) if not given
-    where:str='the model' # Word for the module in the error message
-): # Key for `field_of`; None for a tensor
-    "Which field is meant; `ValueError` where it cannot be known"
-    if isinstance(output, Tensor): return None
-    fields = fields_of(output)
-    if key is not None:
-        if key in fields: return key
-        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=.")
-    fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
-    if 'logits' in fits or len(fits) == 1: return 'logits' if 'logits' in fits else fits[0]
-    raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
-                     "name the one to compare with output_key=, or tap a module inside or after it.")
-
-def _listed(fields): return ', '.join(f'{k!r} {tuple(v.shape)}' for k,v in fields.items())
 
 # %% ../nbs/00_taps.ipynb #fe862ed6
 def _place(model, records, name, role, aspect, kind, layout=None, key=None):
@@ -535,11 +577,11 @@ def _as_list(taps):
     if len(taps): return taps
     raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
 
-def _requests(taps, s_rec, t_rec, stages):
+def _requests(taps, s_rec, t_rec, stages, key=None):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name, two layouts)`"
     for t in _as_list(taps):
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec), (None, None)
-        elif t == 'logits': yield 'logits', 'logits', '', '', (None, None)
+        elif t == 'logits': yield 'logits', 'logits', class_map(s_rec, key), class_map(t_rec, key), (None, None)
         elif t in ('stages', 'exits'):
             ss, ts = stages()
             pairs = list(zip(ss[::-1], ts[::-1]))[::-1] if t == 'stages' else [(s, '') for s in ss]
@@ -589,15 +631,17 @@ def plan_taps(
     teacher_xb:Sequence|None=None, # Inputs of the teacher where they differ from the student's
     output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
     output=None, # What logits mean, see `output_kind`
-    classes:Sequence|None=None # For each output of the student the number of the teacher's, or None; the same by default
+    classes:Sequence|None=None, # For each output of the student the number of the teacher's, or None; the same by default
+    dense_taps:Sequence|None=None # In place of `taps` where the student's output is a map of scores; `taps` by default
 ) -> list[Tap]: # The pairs, checked
     "Find and check the places to compare; raises `ValueError` or `TypeError` with what would have been right"
     check_taps(student, teacher, taps)
     teacher_xb = xb if teacher_xb is None else teacher_xb
     s_rec, t_rec, train = _run(student, 'student', xb), _run(teacher, 'teacher', teacher_xb), _run_training(student, xb)
     s_asp, t_asp, plan = picture_aspect(list(xb)), picture_aspect(list(teacher_xb)), []
+    if dense_taps is not None and gives_maps(s_rec): taps = dense_taps
     stages = lambda: (stage_features(student, s_rec, aspect=s_asp), stage_features(teacher, t_rec, aspect=t_asp))
-    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages):
+    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, output_key):
         if kind is None: kind = 'logits' if _is_output(s_rec, s) and _is_output(t_rec, t) else 'feature'
         place = _place(student, s_rec, s, 'student', s_asp, kind, layouts[0], output_key)
         if train is not None: place = in_training(place, student, train, output_key)
@@ -609,6 +653,13 @@ def plan_taps(
     return plan
 
 # %% ../nbs/00_taps.ipynb #fe2c0473
+def gives_maps(
+    records:Sequence[Record] # From `dry_run`
+) -> bool:
+    "Whether a model's output is a map of scores (B, K, H, W), as in segmentation"
+    final = main_tensor(records[-1].output)
+    return final is not None and final.dim() == 4 and math.prod(final.shape[2:]) > 1
+
 def _matched(place, other, classes):
     "Two places with the outputs that a mapping of classes names"
     n, m = place.shape[0], other.shape[0]
@@ -629,16 +680,16 @@ def _check_tap(tap, plan):
         raise ValueError(f"the student has {s} classes and the teacher {t}: logits can only be compared over the same "
                          "classes. Say with classes=[...] which of the teacher's outputs each of the student's is, give the "
                          "teacher a head for these classes, or distil features alone with taps=['feature'].")
-    if tap.kind == 'logits' and grid != other:
-        raise ValueError(f"the student gives maps of scores of {grid[0]} x {grid[1]} and the teacher of {other[0]} x "
-                         f"{other[1]}: resize one of them inside its model, or use taps=['feature'].")
+    if tap.kind == 'logits' and grid != other and [1, 1] in (grid, other):
+        raise ValueError(f"the student gives scores of {grid[0]} x {grid[1]} positions and the teacher of {other[0]} x "
+                         f"{other[1]}: both must score positions, or both whole samples; or use taps=['feature'].")
     if tap.name in [p.name for p in plan]: raise ValueError(f"tap {tap.name!r} is listed twice.")
 
 def _is_output(records, name):
-    "Whether the module called `name` gives the model's own (B, K) output"
-    if name == '': return True
+    "Whether the module called `name` gives the model's own output, or the class map that becomes it"
+    if name == '' or name == class_map(records): return True
     final = records[-1].output
-    if not isinstance(final, Tensor) or final.dim() != 2: return False
+    if not isinstance(final, Tensor) or final.dim() not in (2, 4): return False
     outs = [r.output for r in records if r.name == name and isinstance(r.output, Tensor)]
     return any(o.shape == final.shape and torch.equal(o.nan_to_num(), final.nan_to_num()) for o in outs)
 
@@ -649,7 +700,7 @@ def plan_table(
 ) -> str: # Text, one line per tap
     "The plan as a text table"
     where = lambda p: p.name or '(output)'
-    cols = {'tap': [t.kind for t in plan], 'student': [where(t.student) for t in plan],
+    cols = {'tap': ['class map' if t.form == 'dense' else t.kind for t in plan], 'student': [where(t.student) for t in plan],
             'shape': [_size(t.student) for t in plan], 'teacher': [where(t.teacher) for t in plan],
             ' shape': [_size(t.teacher) for t in plan], **(extra or {})}
     rows = [list(cols)] + [[str(v[i]) for v in cols.values()] for i in range(len(plan))]

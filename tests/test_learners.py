@@ -384,9 +384,7 @@ def test_scores_of_positions():
     assert learn.distill.means['kd'] == pytest.approx(look.value(), rel=1e-3)
     cb = DiffKDCallback(maps(16), taps=['feature'], verbose=False); fit(make(maps(4), cb), 1)
     assert (cb.plan[0].student.shape, cb.plan[0].teacher.shape) == ((4, 8, 8), (16, 8, 8))      # the map before the scores
-    for method,says in (('dkd', 'DKD compares one set of scores'), ('diffkd', 'DiffKDDistiller compares one set of scores')):
-        with pytest.raises(ValueError, match=says): fit(make(maps(4), kd(maps(16), method=method, taps=['logits'])), 1)
-    with pytest.raises(ValueError, match='maps of scores of 8 x 8 and the teacher of 4 x 4'): fit(make(maps(4), kd(nn.Sequential(maps(16), nn.AvgPool2d(2)))), 1)
+    with pytest.raises(ValueError, match='DKD compares one set of scores'): fit(make(maps(4), kd(maps(16), method='dkd')), 1)
 
 
 @pytest.mark.slow
