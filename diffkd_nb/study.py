@@ -32,11 +32,14 @@ class Setting:
     kind:str # Kind of data, as in the description that `open_data` reads
     options:dict # Further arguments of `run`
     core_minutes:float # Of one run on one core, measured once; a guess until runs are on record
+    query:str='' # Options of the data, after the question mark
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
-    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.)}
+    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
+    'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
+                  dict(precision='bf16'), 10., 'size=180x240&valid=test')}
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT,
         (('DiffKD', 'identity'), ('logits', 'logits identity'), ('feature', 'feature identity'),
          ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'KD'), ('DiffKD', 'alone'),
-         ('DiffKD', 'DIST')), tuple(range(200, 210))),)}
+         ('DiffKD', 'DIST')), tuple(range(200, 210))),
+    Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
+        'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
+        (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
+        tuple(range(300, 305))))}
 
 def get_question(
     key:str # A key of `QUESTIONS`
@@ -158,8 +165,12 @@ def study(
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
     how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here')
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), list(asked), s.recipe,
-                   f'{s.kind}:{data}' if data else s.kind, out, threads=1, minutes=minutes, cache=cache,
+                   _spec(s, data), out, threads=1, minutes=minutes, cache=cache,
                    keep_student=[q.seeds[0]], progress=progress, **how, **s.options)
+
+def _spec(setting, folder):
+    "The data of a setting in a folder"
+    return (f'{setting.kind}:{folder}' if folder else setting.kind) + (f'?{setting.query}' if setting.query else '')
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(
