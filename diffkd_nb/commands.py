@@ -50,7 +50,7 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
                      '(default: that of the data)',
     'weights': 'folder where the files of published weights are looked for before they are downloaded',
     'cache': "folder for the teacher's outputs, shared by runs; only for crop and flip",
-    'workers': 'processes that read images from disk (folder:FOLDER only; default: 2)',
+    'workers': 'processes that read images from disk (not for images in memory; default: 2)',
     'device': 'cpu, cuda, cuda:1, ... (default: a GPU if there is one)',
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',

@@ -37,6 +37,7 @@ def confusion(
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
     if pred.dim() == 4: n, pred = n or pred.shape[1], Resize()(pred.float(), target.shape[1:]).argmax(1)
+    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own.")
     counted = target != (-100 if ignore is None else ignore)
     t, p = target[counted].long(), pred[counted].long()
     if len(t) and (t.max() >= n or t.min() < 0):

@@ -379,6 +379,8 @@ def _said(spec, kind, query):
     for k in ('holdout', 'limit'):
         if k in asked and not (asked[k].isdigit() and int(asked[k])):
             raise InputError(f"{spec}: {k} must be a positive whole number, got {asked[k]!r}.")
+    if 'holdout' in asked and 'valid' in asked:
+        raise InputError(f"{spec}: holdout takes the place of the validation pictures, and valid names them: leave one out.")
     if 'size' in asked and not sides(asked['size']):
         raise InputError(f"{spec}: size must be HEIGHTxWIDTH, such as 180x240, got {asked['size']!r}.")
     return asked
