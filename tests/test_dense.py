@@ -54,7 +54,7 @@ MODELS = {
 MANY = {
     'unet_learner, resnet18': (lambda s: create_unet_model(resnet18, K, s, pretrained=False), lambda s: create_unet_model(resnet34, K, s, pretrained=False), (32, 48), ('', '')),
     'smp deeplabv3': (lambda s: smp('DeepLabV3', encoder_name='resnet18', encoder_output_stride=8), lambda s: smp('DeepLabV3', encoder_name='resnet34', encoder_output_stride=8),
-                      (45, 61), ('segmentation_head.0', 'segmentation_head.0')),
+                      (40, 56), ('segmentation_head.0', 'segmentation_head.0')),
     'smp pspnet': (lambda s: smp('PSPNet', encoder_name='resnet18'), lambda s: smp('PSPNet', encoder_name='resnet34'), (48, 64), ('segmentation_head.0', 'segmentation_head.0')),
     'smp unet from deeplab': (lambda s: smp('Unet', encoder_name='resnet18'), lambda s: smp('DeepLabV3', encoder_name='resnet18', encoder_output_stride=8), (32, 64), ('', 'segmentation_head.0')),
     'torchvision deeplabv3, aux': (lambda s: tv('deeplabv3_mobilenet_v3_large', aux_loss=True), lambda s: tv('deeplabv3_resnet50', aux_loss=True), (48, 65), ('classifier', 'classifier')),
