@@ -76,7 +76,7 @@ def pixel_classes(
     classes:int # Number of classes
 ) -> Tensor: # (B, H, W), or (B, h, w) from labels of samples; int64, -1 for void
     "The class of each pixel; `ValueError` for mixed, one-hot or missing labels"
-    y = target.as_subclass(Tensor) if isinstance(target, Tensor) else target
+    y = target.as_subclass(Tensor) if isinstance(target, Tensor) and type(target) is not Tensor else target
     if isinstance(y, Tensor) and y.dim() == 4 and y.shape[1] == 1: y = y[:, 0]
     if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() not in (1, 3) or len(y) != len(like):
         got = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, Tensor) else type(y).__name__
@@ -313,3 +313,9 @@ def losses(self:MasKD, student, teacher, target=None):
     m = self.masks(t)
     own = self.task(t*m.sum(1, keepdim=True), target) + dice(m)
     return {'maskd': masked_mse(s, t, m.detach()), 'tokens': self.learn*own}
+
+@patch
+def columns(self:MasKD):
+    "As of every method; the compared tap has the tokens too"
+    counts = [sum(p.numel() for p in a.parameters()) + (self.token.numel() if i == self.at else 0) for i,a in enumerate(self.adapters)]
+    return {'added parameters': [f'{n:,}' for n in counts]}

@@ -16,7 +16,7 @@ import test_methods as old
 from test_methods import LOGITS, N, call, check_sizes, draws, finite, gradients, inputs, place, places, plan_of, sizes, tap, teacher_of
 
 LOGIT = ['ttm', 'wttm', 'gdkd', 'taid', 'pskd', 'meal']
-SINCE = LOGIT + ['fmkt', 'lshfm', 'cankd', 'dskd']
+SINCE = LOGIT + ['fmkt', 'lshfm', 'cankd', 'dskd', 'cwd', 'cirkd', 'maskd']
 LABELLED = [n for n in SINCE if METHODS[n].hard_labels]
 every = pytest.mark.parametrize('name', SINCE)
 
