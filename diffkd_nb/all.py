@@ -31,6 +31,9 @@ from .models import *
 from .weights import *
 from .recipes import *
 from .published import *
+from .segmentation_data import *
+from .segmentation_models import *
+from .segmentation import *
 from .text import *
 from .plots import *
 from .teacher_cache import *

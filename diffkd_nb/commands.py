@@ -50,7 +50,7 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
                      '(default: that of the data)',
     'weights': 'folder where the files of published weights are looked for before they are downloaded',
     'cache': "folder for the teacher's outputs, shared by runs; only for crop and flip",
-    'workers': 'processes that read images from disk (folder:FOLDER only; default: 2)',
+    'workers': 'processes that read images from disk (not for images in memory; default: 2)',
     'device': 'cpu, cuda, cuda:1, ... (default: a GPU if there is one)',
     'precision': 'bf16: mixed precision, on a GPU or a processor with instructions for it; fp16: on a GPU '
                  '(default: float32)',
@@ -94,9 +94,12 @@ _WHERE = f"""data:    digits | cifar10:FOLDER | cifar100:FOLDER | folder:FOLDER 
 arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50';
          CIFAR also with ?holdout=N (validate on the last N training images of each class);
-         images in memory also with ?share=X (a random share of the training images)
+         images in memory also with ?share=X (a random share of the training images);
+         with a mask for each picture camvid:FOLDER | cityscapes:FOLDER | segmentation:FOLDER, with ?size=HEIGHTxWIDTH, \
+valid=, holdout=N, limit=N
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, \
-package.module:function
+package.module:function;
+         of masks smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME, pyramid:ENCODER
 methods: alone, {', '.join(METHODS)}
          options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
          several at once: 'kd+crd'

@@ -111,8 +111,9 @@ def compare(
     runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, keep_student, options)
     sources = Sources(options.get('weights'))
     todo = _prepare(list(runs.values()), sources, out)
+    opened = sources.data(data); recipe = recipe.counted(opened.n_train)
     grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
-                data=sources.data(data).name)
+                data=opened.name)
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
     tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
     failed = EXECUTORS[executor](jobs, share_teacher)(todo, tick, deadline)
@@ -189,7 +190,8 @@ class Comparison:
 
 # %% ../nbs/27_comparison.ipynb #eb1e2bdc
 FULL_DATA = { # The paper's data sets: start of our name, images of both splits
-    'CIFAR-100': ('cifar100', 50_000, 10_000), 'ImageNet': ('', 1_281_167, 50_000)}
+    'CIFAR-100': ('cifar100', 50_000, 10_000), 'ImageNet': ('', 1_281_167, 50_000),
+    'Cityscapes': ('cityscapes', 2975, 500)}
 
 def _whole(m):
     "The paper's data set of which a run saw every image, '' for none"
@@ -227,7 +229,7 @@ def _row(self:Comparison, student, teacher, method, runs, base):
     seeds = [s for s in values.index if base is not None and s in base.index]
     d, dlow, dhigh, p = paired_test(values[seeds], base[seeds]) if seeds else (nan,)*4
     whole = runs.whole.iloc[0]
-    paper = published(teacher, student, method, whole) if whole else []      # other data has no figure to stand beside
+    paper = published(teacher, student, method, whole, self.task.figure) if whole else []      # other data has no figure to stand beside
     first = paper[0] if paper else dict(value=nan, source='')
     return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(),
             'sd': values.std(), 'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(), 'difference': d,
@@ -383,7 +385,7 @@ def _row_against(self:Comparison, runs, teacher, student, method, dataset):
     "One method beside its published figure"
     r, nan = runs[(runs.teacher == teacher) & (runs.student == student) & (runs.method == method)], float('nan')
     values, whole = r[self.task.metric], len(r) > 0 and set(r['whole']) == {dataset}
-    paper = (published(teacher, student, method, dataset) or [dict(value=nan, std=None)])[0]
+    paper = (published(teacher, student, method, dataset, self.task.figure) or [dict(value=nan, std=None)])[0]
     d, low, high = (v - paper['value'] if whole else nan for v in (values.mean(), *interval(values)))
     return {'teacher': teacher, 'student': student, 'method': method, 'paper': paper['value'],
             'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(),

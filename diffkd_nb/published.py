@@ -23,13 +23,14 @@ def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, 
 _METHODS = { # Our names of methods to the paper's
     'alone': 'student', 'kd': 'KD', 'fitnet': 'FitNet', 'rkd': 'RKD', 'srrl': 'SRRL', 'reviewkd': 'ReviewKD',
     'dkd': 'DKD', 'dist': 'DIST', 'crd': 'CRD', 'vid': 'VID', 'pkt': 'PKT', 'diffkd': 'DiffKD',
-    'diffkd:logits_loss=dist': 'DiffKD+DIST', 'fitnet:weight=1': 'MSE',
+    'cwd': 'CWD', 'cirkd': 'CIRKD', 'maskd': 'MasKD', 'diffkd:logits_loss=dist': 'DiffKD+DIST', 'fitnet:weight=1': 'MSE',
     'diffkd:taps=feature': 'DiffKD (feature)', 'diffkd:taps=logits': 'DiffKD (logits)',
     'diffkd:latent=None': 'DiffKD latent channels no autoencoder',
     **{f'diffkd:latent={n}': f'DiffKD latent channels {n}' for n in (128, 256, 512, 1024, 2048)},
     'diffkd:adapter=False': 'DiffKD without noise adapter',
     **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)}}
 
+_PRETRAINED = '&weights=imagenet'
 _MODELS = { # Our names of models to the paper's
     **{f'resnet{n}': f'ResNet-{n}' for n in (18, 20, 34, 50, 56)},
     **{f'torchvision:resnet{n}': f'ResNet-{n}' for n in (18, 34, 50)},
@@ -38,7 +39,12 @@ _MODELS = { # Our names of models to the paper's
     'timm:swin_large_patch4_window7_224.ms_in22k_ft_in1k': 'Swin-L (ImageNet-22K)',
     'resnet8x4': 'ResNet-8x4', 'resnet32x4': 'ResNet-32x4', 'wrn_40_1': 'WRN-40-1', 'wrn_40_2': 'WRN-40-2',
     'resnet50_cifar': 'ResNet-50', 'mobilenetv2_cifar': 'MobileNetV2', 'shufflenetv1': 'ShuffleNetV1',
-    'shufflenetv2': 'ShuffleNetV2', 'mobilenetv1': 'MobileNetV1'}
+    'shufflenetv2': 'ShuffleNetV2', 'mobilenetv1': 'MobileNetV1',
+    **{f'smp:{ours}&output_stride=8{more}': paper for ours,more,paper in (
+        ('DeepLabV3?encoder=resnet101', '', 'DeepLabV3-R101'), ('PSPNet?encoder=resnet18', _PRETRAINED, 'PSPNet-R18'),
+        ('DeepLabV3?encoder=resnet18&decoder_channels=128', '', 'DeepLabV3-R18 (from scratch)'),
+        ('DeepLabV3?encoder=resnet18&decoder_channels=128', _PRETRAINED, 'DeepLabV3-R18'),
+        ('DeepLabV3?encoder=mobilenet_v2&decoder_channels=128', _PRETRAINED, 'DeepLabV3-MBV2'))}}
 
 # %% ../nbs/13a_published.ipynb #7dcc6f46
 def _figure(r):

@@ -15,7 +15,7 @@ import torch
 from timm.optim import RMSpropTF
 from torch.distributions.beta import Beta
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastai.basics import Callback, OptimWrapper
+from fastai.basics import Callback, CancelTrainException, OptimWrapper
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.training import GradientClip
@@ -24,8 +24,8 @@ from fastcore.basics import patch
 from .files import InputError
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OPTIMIZERS', 'RECIPES', 'Constant', 'Cosine', 'Steps', 'Every', 'OneCycle', 'Recipe', 'recipe_table',
-           'get_recipe', 'RecipeSchedule', 'MixOrCut', 'EMACallback']
+__all__ = ['SCHEDULES', 'OPTIMIZERS', 'RECIPES', 'Constant', 'Cosine', 'Steps', 'Every', 'OneCycle', 'Polynomial', 'Recipe',
+           'recipe_table', 'get_recipe', 'RecipeSchedule', 'StepLimit', 'MixOrCut', 'EMACallback']
 
 # %% ../nbs/13_recipes.ipynb #9733a56e
 @dataclass(frozen=True)
@@ -76,7 +76,15 @@ class OneCycle:
     def scaled(self, by): return self
     def __str__(self): return 'one cycle'
 
-SCHEDULES = {c.__name__: c for c in (Constant, Steps, Every, Cosine, OneCycle)} # Schedules by name
+@dataclass(frozen=True)
+class Polynomial:
+    "A power of the share that is left"
+    power:float=.9 # 1 for a straight line
+    def rate(self, epoch, epochs): return max(0., 1 - epoch/epochs)**self.power
+    def scaled(self, by): return self
+    def __str__(self): return f'polynomial {self.power:g}'
+
+SCHEDULES = {c.__name__: c for c in (Constant, Steps, Every, Cosine, OneCycle, Polynomial)} # Schedules by name
 
 # %% ../nbs/13_recipes.ipynb #e92e874b
 def _number(v, low=0., high=math.inf):
@@ -91,7 +99,8 @@ _VALID = { # Schedule to field to test and what is expected
     Every: dict(every=(_positive, 'a positive number of epochs'), factor=(_positive, 'a positive number')),
     Cosine: dict(final=(partial(_number, high=1.), 'between 0 and 1')),
     OneCycle: dict(up=(lambda v: _positive(v) and v < 1, 'between 0 and 1'), start=(_positive, 'a positive number'),
-                   final=(_number, 'a number >= 0'))}
+                   final=(_number, 'a number >= 0')),
+    Polynomial: dict(power=(_positive, 'a positive number'))}
 
 # %% ../nbs/13_recipes.ipynb #857d7c41
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Recipe:
     cutmix:float=0. # Alpha of CutMix, 0 for none; with MixUp, one of the two per batch
     clip:float=0. # Largest norm of the gradient, 0 for none
     drop_path:float=0. # Stochastic depth of the student, 0 for none; for models of timm
+    steps:int=0 # Length in steps, from which `counted` makes the epochs; 0 for a length in epochs
     def __post_init__(self): self._check()
 
 # %% ../nbs/13_recipes.ipynb #76e8b87d
@@ -129,6 +139,7 @@ OPTIMIZERS = { # Name to a function of a recipe that gives an optimiser of PyTor
 _FIELDS = { # Field to test and what is expected
     **{f: (lambda v: _number(v, 1) and isinstance(v, int), 'a whole number >= 1') for f in ('epochs', 'batch_size')},
     'lr': (_positive, 'a positive number'),
+    'steps': (lambda v: _number(v) and isinstance(v, int), 'a whole number, 0 for a length in epochs'),
     **{f: (_number, 'a number >= 0') for f in ('weight_decay', 'warmup', 'mixup', 'cutmix', 'clip')},
     **{f: (lambda v: _number(v) and v < 1, 'at least 0 and below 1')
        for f in ('momentum', 'label_smoothing', 'ema', 'drop_path')},
@@ -171,13 +182,22 @@ def scaled(self:Recipe,
     if epochs == self.epochs: return self
     by = epochs/self.epochs
     return self.replace(name=f'{self.name} over {epochs} epochs', epochs=epochs,
-                        schedule=self.schedule.scaled(by), warmup=self.warmup*by)
+                        schedule=self.schedule.scaled(by), warmup=self.warmup*by, steps=0)
+
+# %% ../nbs/13_recipes.ipynb #d9a2dba8
+@patch
+def counted(self:Recipe,
+    n_train:int # Training samples
+) -> Recipe: # The same where the length is in epochs
+    "A recipe of so many steps with the epochs that they take"
+    per_epoch = max(1, n_train//self.batch_size)
+    return self.replace(epochs=math.ceil(self.steps/per_epoch)) if self.steps else self
 
 # %% ../nbs/13_recipes.ipynb #36eab4b3
 @patch
 def to_dict(self:Recipe) -> dict:
     "Plain values, for JSON"
-    d = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'drop_path' or self.drop_path}
+    d = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('drop_path', 'steps') or getattr(self, f.name)}
     schedule = {'kind': type(self.schedule).__name__, **asdict(self.schedule)}
     return {**d, 'augmentation': list(self.augmentation), 'schedule': schedule}
 
@@ -221,7 +241,8 @@ def row(self:Recipe) -> dict: # Columns of the paper's table 1, and the rest und
     names = [a.partition(':')[0].replace('_', ' ') for a in self.augmentation]
     momentum = f'{self.momentum:g}' if self.optimizer in ('sgd', 'rmsprop') else '-'
     if self.nesterov: momentum += ' (Nesterov)'
-    return {'recipe': self.name, 'data': self.dataset, 'epochs': str(self.epochs), 'batch': str(self.batch_size),
+    length = f'{self.steps:,} steps' if self.steps else str(self.epochs)
+    return {'recipe': self.name, 'data': self.dataset, 'epochs': length, 'batch': str(self.batch_size),
             'lr': f'{self.lr:g}', 'optimiser': _SHOWN[self.optimizer], 'weight decay': _dash(self.weight_decay),
             'label smoothing': _dash(self.label_smoothing), 'EMA': _dash(self.ema), 'schedule': str(self.schedule),
             'augmentation': ' + '.join([*names, *mixing]) or '-', 'momentum': momentum, 'warm-up': _dash(self.warmup),
@@ -248,11 +269,15 @@ RECIPES = {r.name: r for r in ( # Recipes by name
     Recipe('B3', 'ImageNet', 300, 1024, 5e-4, 'adamw', weight_decay=5e-2, label_smoothing=.1, schedule=Cosine(),
            augmentation=('crop:bicubic', 'flip', _RAND, 'random_erasing:0.25', 'color_jitter:0.4'),
            mixup=.8, cutmix=1., warmup=20., clip=5., drop_path=.2),
+    Recipe('C1', 'Cityscapes', 217, 16, .02, weight_decay=1e-4, schedule=Polynomial(), steps=40_000,
+           augmentation=('scale:0.5-2', 'crop:512x1024', 'flip')),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
     Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()),
     Recipe('text', 'sentences', 10, 64, 4e-3, 'adam', schedule=OneCycle(), augmentation=(), clip=1.),
     Recipe('tune', 'sentences, a transformer', 3, 32, 5e-5, 'adamw', weight_decay=.01, schedule=OneCycle(up=.1),
-           augmentation=(), clip=1.))}
+           augmentation=(), clip=1.),
+    Recipe('camvid', 'CamVid at 180 x 240', 60, 8, 4e-3, 'adamw', weight_decay=.01, schedule=OneCycle(),
+           augmentation=('scale:0.5-2', 'crop', 'flip')))}
 
 def get_recipe(
     name:str # A key of `RECIPES`
@@ -275,11 +300,12 @@ def loss_func(self:Recipe): # For `Learner(loss_func=...)`
 
 @patch
 def lr_at(self:Recipe,
-    epoch:float # Epochs done, perhaps a fraction
+    epoch:float, # Epochs done, perhaps a fraction
+    length:float|None=None # Epochs of the whole training, perhaps a fraction; `epochs` by default
 ) -> float:
     "Learning rate at a moment of the training"
     epoch = epoch + 1e-6 # a boundary that floating point puts a hair too early
-    return self.lr*(epoch/self.warmup if epoch < self.warmup else self.schedule.rate(epoch, self.epochs))
+    return self.lr*(epoch/self.warmup if epoch < self.warmup else self.schedule.rate(epoch, length or self.epochs))
 
 # %% ../nbs/13_recipes.ipynb #db358020
 class _Unsaved:
@@ -293,7 +319,17 @@ class _Unsaved:
 
 class RecipeSchedule(_Unsaved, ParamScheduler):
     "Sets the learning rate of a recipe at each step"
-    def __init__(self, recipe:Recipe): super().__init__({'lr': lambda pos: recipe.lr_at(pos*recipe.epochs)})
+    def __init__(self, recipe:Recipe):
+        def length(): return recipe.steps/len(self.dls.train) if recipe.steps else None
+        super().__init__({'lr': lambda pos: recipe.lr_at(pos*recipe.epochs, length())})
+
+class StepLimit(_Unsaved, Callback):
+    "Ends the training after so many steps, in the middle of the last epoch"
+    order = 79 # When all others are done with the batch
+    def __init__(self, steps:int): self.limit = steps
+    def after_batch(self):
+        if self.training and self.epoch*self.n_iter + self.iter + 1 >= self.limit: raise CancelTrainException
+    def after_cancel_train(self): self.recorder.cancel_train = False        # the epoch has a row in the log like any other
 
 # %% ../nbs/13_recipes.ipynb #8a8c8191
 class MixOrCut(_Unsaved, CutMix):
@@ -315,7 +351,7 @@ class MixOrCut(_Unsaved, CutMix):
 @patch
 def callbacks(self:Recipe) -> list: # New callbacks, for one Learner
     "Schedule, mixing, clipping and moving average"
-    cbs = [RecipeSchedule(self)]
+    cbs = [RecipeSchedule(self), *([StepLimit(self.steps)] if self.steps else [])]
     if self.mixup and self.cutmix: cbs.append(MixOrCut(self.mixup, self.cutmix))
     elif self.mixup or self.cutmix: cbs.append(MixUp(self.mixup) if self.mixup else CutMix(self.cutmix))
     if self.clip: cbs.append(GradientClip(self.clip))

@@ -186,7 +186,8 @@ def _distilling(opened, job):
     if teacher is not None: teacher = teacher.to(memory_format=layout)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
     options = {k: v for k,v in method.options.items() if k != 'taps'}
-    try: return [DistillCallback(teacher, method.name, opened.taps, method.task_weight, setup.seed, verbose=False,
+    taps = opened.taps if method.dense_taps(setup.taps) is None else None       # without a wish the callback looks at the models
+    try: return [DistillCallback(teacher, method.name, taps, method.task_weight, setup.seed, verbose=False,
                                  cache=cache, teacher_transform=opened.transform,
                                  inputs=opened.data.example(2), output=opened.task.output,
                                  teacher_engine=setup.teacher_engine, **options)]

@@ -250,8 +250,8 @@ class Opened:
         setup:Setup, # What decides the run
         sources:Sources # Opens what it names
     ):
-        s = self.setup = setup
-        self.data = sources.data(s.data)
+        self.data = sources.data(setup.data)
+        s = self.setup = replace(setup, recipe=setup.recipe.counted(self.data.n_train))
         self.task, self.data_hash = task_of(self.data), sources.data_hash(self.data)
         self.teacher = sources.teacher(s.teachers, self.data, s.teacher_stats) if s.teachers else None
 

@@ -1,4 +1,4 @@
-"""The paper's tables on classification as grids that can be run
+"""The paper's tables on classification and segmentation as grids that can be run
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/tables.html.md"""
 
@@ -6,6 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/tables.html.md"""
 
 # %% ../nbs/29_tables.ipynb #0b676ae0
 from __future__ import annotations
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -15,6 +16,7 @@ from .files import InputError
 from .methods import parse_method
 from .weights import teacher_source
 from .recipes import get_recipe
+from .tasks import get_task
 
 # %% auto #0
 __all__ = ['TABLES', 'Group', 'Table', 'get_table', 'teacher_file', 'run_table', 'beside_paper', 'table_cost']
@@ -35,6 +37,7 @@ class Table:
     methods:tuple # See `parse_method`
     groups:tuple # Of `Group`
     reference:str='alone' # The method that the others are compared with
+    task:str='classification' # Name of the task
     pairs = property(lambda self: [p for g in self.groups for p in g.pairs])
 
 # %% ../nbs/29_tables.ipynb #a039e552
@@ -47,6 +50,13 @@ _CIFAR = (('resnet56', 'resnet20'), ('wrn_40_2', 'wrn_40_1'), ('resnet32x4', 're
 _EB0_TAPS = (('features.8.0', 'layer4', 'feature'), 'logits')
 _MV2, _EB0 = 'torchvision:mobilenet_v2', 'torchvision:efficientnet_b0'
 _BOTH = ('diffkd', 'diffkd:logits_loss=dist')
+_DL101 = 'smp:DeepLabV3?encoder=resnet101&output_stride=8'
+_STUDENTS6 = tuple(f'smp:{n}' for n in (
+    'DeepLabV3?encoder=resnet18&decoder_channels=128&output_stride=8&weights=imagenet',
+    'DeepLabV3?encoder=resnet18&decoder_channels=128&output_stride=8',
+    'PSPNet?encoder=resnet18&output_stride=8&weights=imagenet',
+    'DeepLabV3?encoder=mobilenet_v2&decoder_channels=128&output_stride=8&weights=imagenet'))
+_DENSE = ('alone', 'cwd', 'cirkd', 'maskd', 'diffkd')
 
 # %% ../nbs/29_tables.ipynb #717ebee8
 TABLES = { # Number in the paper to its grid
@@ -64,7 +74,9 @@ TABLES = { # Number in the paper to its grid
     '11': Table('With and without noise adapter', 'ImageNet', ('diffkd', 'diffkd:adapter=False'),
                 (Group('B1', ((_R50, _MBV1), (_R34, _R18))), Group('B2', ((_TIMM50, _MV2),))), 'diffkd'),
     'figure4': Table('Denoising steps', 'ImageNet', tuple(f'diffkd:steps={n}' for n in (1, 3, 5, 10, 20)), _ABLATION,
-                     'diffkd:steps=5')}
+                     'diffkd:steps=5'),
+    '6': Table('Segmentation', 'Cityscapes', _DENSE, (Group('C1', tuple((_DL101, s) for s in _STUDENTS6)),),
+               task='segmentation')}
 
 # %% ../nbs/29_tables.ipynb #309a07e7
 def get_table(
@@ -82,10 +94,11 @@ def teacher_file(
     "A bare name becomes the file of that name in the folder; `InputError` where it is missing"
     if '@' in teacher: teacher_source(teacher); return teacher
     ends = ('.safetensors', '/weights.safetensors') if weights is not None else ()
-    found = next((f for f in (Path(f'{weights}/{teacher}{e}') for e in ends) if f.is_file()), None)
+    name = re.sub(r'[^A-Za-z0-9_.=-]+', '_', teacher)
+    found = next((f for f in (Path(f'{weights}/{name}{e}') for e in ends) if f.is_file()), None)
     if found is not None: return f'{teacher}@{found}'
     raise InputError(f"the table's teacher {teacher!r} has no published weights: train it (diffkd_train --student "
-                     f"{teacher} --method alone) and put the file into a folder as {teacher}.safetensors, then name the "
+                     f"{teacher!r} --method alone) and put the file into a folder as {name}.safetensors, then name the "
                      "folder (weights=FOLDER, --weights FOLDER).")
 
 # %% ../nbs/29_tables.ipynb #6dd9d83f
@@ -127,13 +140,16 @@ def beside_paper(
     for t,s in table.pairs:
         name = t.partition('@')[0]
         has = lambda c: ((c.runs.teacher == name) & (c.runs.student == s)).any()
-        mine = next((c for c in seen if len(c.runs) and has(c)), _Nothing())
+        mine = next((c for c in seen if len(c.runs) and has(c)), _Nothing(get_task(table.task)))
         rows.append(mine.against_published([(name, s)], list(table.methods), table.dataset))
     return pd.concat(rows, ignore_index=True)
 
 class _Nothing(Comparison):
     "A comparison of which nothing was run"
-    def __init__(self): self.manifests,self.failed,self.teachers,self.grid = {},{},{},dict(cells=[], reference='alone')
+    def __init__(self, task):
+        self.own,self.manifests,self.failed,self.teachers = task,{},{},{}
+        self.grid = dict(cells=[], reference='alone')
+    task = property(lambda self: self.own)
 
 # %% ../nbs/29_tables.ipynb #2f0531f6
 def table_cost(
@@ -145,7 +161,8 @@ def table_cost(
     "Hours that the cells of a table take at measured rates; validation is left out"
     table, rows = get_table(number), []
     for g,t,s,m in [(g, t.partition('@')[0], s, m) for g in table.groups for t,s in g.pairs for m in table.methods]:
-        r, epochs = rate(t, s, m), get_recipe(g.recipe).epochs
-        hours = float('nan') if r is None else seeds*epochs*images/r/3600
-        rows.append(dict(teacher=t, student=s, method=m, recipe=g.recipe, epochs=epochs, hours=hours))
+        r, how = rate(t, s, m), get_recipe(g.recipe)
+        seen = how.steps*how.batch_size or how.epochs*images
+        hours = float('nan') if r is None else seeds*seen/r/3600
+        rows.append(dict(teacher=t, student=s, method=m, recipe=g.recipe, epochs=how.epochs, hours=hours))
     return pd.DataFrame(rows)

@@ -33,6 +33,7 @@ class Task:
     scale = 1. # Factor on the metric in tables
     unit = '' # What that gives: 'percent', or '' for a plain number
     output = None # What outputs of its models mean, see `output_kind`; read from the loss where it is None
+    figure = 'top1' # What the paper's tables call the metric
     also = {} # Further figures of the last epoch: name in the result to column of the log
 
 # %% ../nbs/14_task.ipynb #d9c28802

@@ -7,6 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/tasks.html.md"""
 # %% ../nbs/17_tasks.ipynb #bc96c536
 from __future__ import annotations
 from .files import InputError
+from .segmentation import Segmentation
 from .task import Classification, Task
 from .text import TextClassification
 
@@ -17,6 +18,7 @@ __all__ = ['TASKS', 'get_task', 'task_of', 'open_data']
 TASKS = {t.name: t for t in ( # Tasks by name
     Classification(),
     TextClassification(),
+    Segmentation(),
 )}
 
 # %% ../nbs/17_tasks.ipynb #3767ec26

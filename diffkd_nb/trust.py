@@ -55,7 +55,7 @@ def trusted_spec(
 
 # %% ../nbs/23b_trust.ipynb #39db0d61
 MOST = dict( # Bytes of a manifest, and numbers in it; `k` are CRD's samples, `option` is any other option of a method
-    manifest=2**24, epochs=10**6, size=1024, width=4096, batch_size=10**6, seed=2**31, k=2**16, option=4096)
+    manifest=2**24, epochs=10**6, size=2048, width=4096, batch_size=10**6, seed=2**31, k=2**16, option=4096)
 
 def _whole(v, most, least=0): return type(v) is int and least <= v <= most
 def _text(v, most=500): return isinstance(v, str) and len(v) <= most
@@ -69,10 +69,10 @@ def _small_numbers(text, most):
 
 def _spec(v):
     "Whether a description of data asks for a side that pictures have"
-    asked = dict(re.findall(r'(\w+)=(\d+)', v.partition('?')[2])) if _text(v, 5000) else {'size': '9'*9}
+    asked = dict(re.findall(r'(\w+)=([\dx]+)', v.partition('?')[2])) if _text(v, 5000) else {'size': '9'*9}
     return _small_numbers(asked.get('size', ''), MOST['size'])
 
-_SIZED = ('small:', 'bigru:', 'textcnn:') # Names of models that end in a width
+_SIZED = ('small:', 'bigru:', 'textcnn:', 'pyramid:', 'smp:') # Names of models with widths in them
 def _student(v): return _text(v) and (not v.startswith(_SIZED) or _small_numbers(v, MOST['width']))
 
 # %% ../nbs/23b_trust.ipynb #251800f7
