@@ -35,3 +35,4 @@ from .plots import *
 from .teacher_cache import *
 from .fast import *
 from .experiment import *
+from .distill import *
