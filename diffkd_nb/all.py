@@ -39,3 +39,4 @@ from .plots import *
 from .teacher_cache import *
 from .fast import *
 from .experiment import *
+from .distill import *

@@ -20,7 +20,7 @@ from .recipes import Recipe, get_recipe
 from .published import published
 from .setup import Job, Setup, Sources, split_options
 from .shared_teacher import check_shared
-from .statistics import holm, interval, paired_test, verdict_word
+from .statistics import difference_text, holm, holm_levels, interval, paired_test, verdict_word
 from .tasks import get_task, task_of
 
 # %% auto #0
@@ -221,13 +221,17 @@ def runs(self:Comparison) -> pd.DataFrame: # One row per finished run; accuracie
     return pd.DataFrame(rows, columns=columns).sort_values(['student', 'teacher', 'method', 'seed'], ignore_index=True)
 
 # %% ../nbs/27_comparison.ipynb #21a21b5f
+def _shared(values, base):
+    "Seeds that two methods have in common"
+    return [s for s in values.index if base is not None and s in base.index]
+
 @patch
-def _row(self:Comparison, student, teacher, method, runs, base):
+def _row(self:Comparison, student, teacher, method, runs, base, level):
     "One row of the table"
     values, nan = runs.set_index('seed')[self.task.metric], float('nan')
     low, high = interval(values)
-    seeds = [s for s in values.index if base is not None and s in base.index]
-    d, dlow, dhigh, p = paired_test(values[seeds], base[seeds]) if seeds else (nan,)*4
+    seeds = _shared(values, base)
+    d, dlow, dhigh, p = paired_test(values[seeds], base[seeds], level) if seeds else (nan,)*4
     whole = runs.whole.iloc[0]
     paper = published(teacher, student, method, whole, self.task.figure) if whole else []      # other data has no figure to stand beside
     first = paper[0] if paper else dict(value=nan, source='')
@@ -252,13 +256,15 @@ def _order(self:Comparison, runs):
 def table(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
 ) -> pd.DataFrame: # One row per pair and method; accuracies and differences in percentage points
-    "Last epoch: mean, sd, n, 95 % interval; best epoch; paired test against the reference; cost; published figure"
+    "Last epoch: mean, sd, n, interval; best epoch; difference to the reference with corrected interval and p; cost; figure"
     ref, metric, rows = self._reference(reference), self.task.metric, []
     sign = 1 if self.task.larger_is_better else -1
     for (student,teacher),group in self.runs.groupby(['student', 'teacher'], sort=False):
         of = lambda m: group[group.method == m]
         base = of(ref).set_index('seed')[metric]
-        own = [self._row(student, teacher, m, of(m), base if m != ref else None) for m in self._order(group)]
+        made = lambda m, level=.95: self._row(student, teacher, m, of(m), base if m != ref else None, level)
+        order = self._order(group)
+        own = [made(m, level) for m,level in zip(order, holm_levels([made(m)['p'] for m in order]))]
         for row,p in zip(own, holm([r['p'] for r in own])):
             word = verdict_word(sign*row['difference'], p) if len(base) else 'no reference'
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
@@ -280,9 +286,9 @@ def _line(r, metric):
     paper = '-' if pd.isna(r.published) else f'{r.published} ({r.source})'
     bad = r.get('diverged', 0)
     name = f'{r.method} ({bad} of {r.n} diverged)' if bad else r.method
-    cells = [name, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
+    cells = [name, r.verdict, f'{r[metric]:.2f}', _num(r.sd, '.2f'), r.n, _span(r.low, r.high, '.2f'), f'{r.best:.2f}',
              _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'),
-             _num(r['p (Holm)'], '.3f'), r.verdict, _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
+             _num(r['p (Holm)'], '.3f'), _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
              f"{r['added parameters']:,}", paper]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -298,9 +304,9 @@ def _title(self:Comparison, student, teacher, ref):
 # %% ../nbs/27_comparison.ipynb #b4d589bd
 def _head(metric):
     "Header of a table as Markdown"
-    return [f'| method | {metric} | sd | n | 95 % interval | best epoch | difference | 95 % interval | p (Holm) '
-            '| verdict | ms/step | MB | added parameters | published |',
-            '|---|--:|--:|--:|---|--:|--:|---|--:|---|--:|--:|--:|---|']
+    return [f'| method | verdict | {metric} | sd | n | 95 % interval | best epoch | difference | corrected interval '
+            '| p (Holm) | ms/step | MB | added parameters | published |',
+            '|---|---|--:|--:|--:|---|--:|--:|---|--:|--:|--:|--:|---|']
 
 @patch
 def _remarks(self:Comparison):
@@ -339,10 +345,9 @@ def verdicts(self:Comparison,
     ref, points = self._reference(reference), ' points' if self.task.unit == 'percent' else ''
     def say(r):
         low, high = r['difference low'], r['difference high']
-        sure = f", 95 % interval {low:+.2f} to {high:+.2f}, p {r['p (Holm)']:.3f} (Holm), {r.pairs} seeds"
-        said = f'{r.difference:+.2f}{points}' + (sure if r.pairs > 1 else '')
+        said = difference_text(r.difference, low, high, r['p (Holm)'], r.pairs, r.verdict, points)
         bad = f" {r.diverged} of its {r.n} runs diverged." if r.get('diverged', 0) else ''
-        return f'{r.student}, {r.method} - {ref}: {said}: {r.verdict}.{bad}'
+        return f'{r.student}, {r.method} - {ref}: {said}{bad}'
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
 
 # %% ../nbs/27_comparison.ipynb #36c37c0e
@@ -364,7 +369,7 @@ def plot(self:Comparison,
     ax=None, # Axes to draw on; a new figure by default
     reference:str|None=None # Method to compare with; that of the grid by default
 ): # The axes
-    "Differences to the reference with their 95 % intervals, one dot per seed"
+    "Differences to the reference with their corrected 95 % intervals, one dot per seed"
     from diffkd_nb.plots import plot_differences
     ref, task = self._reference(reference), self.task
     ax = plot_differences(self.table(reference), self.runs.rename(columns={task.metric: 'accuracy'}), ref, ax)
@@ -372,25 +377,26 @@ def plot(self:Comparison,
     return ax
 
 # %% ../nbs/27_comparison.ipynb #6fc5298d
-def _word_against(n, whole, figure, difference, low, high):
+def _word_against(r, whole):
     "A difference to a published figure in words"
-    if not n: return 'not run'
+    if not r['n']: return 'not run'
     if not whole: return 'other data'
-    if np.isnan(figure): return 'no figure'
-    if n < 2: return 'one seed'
-    return 'not distinguishable' if low <= 0 <= high else 'above' if difference > 0 else 'below'
+    if np.isnan(r['paper']): return 'no figure'
+    word = verdict_word(r['difference'], r['p (Holm)'])
+    return dict(better='above', worse='below').get(word, word)
 
 @patch
-def _row_against(self:Comparison, runs, teacher, student, method, dataset):
+def _row_against(self:Comparison, runs, teacher, student, method, dataset, level):
     "One method beside its published figure"
     r, nan = runs[(runs.teacher == teacher) & (runs.student == student) & (runs.method == method)], float('nan')
     values, whole = r[self.task.metric], len(r) > 0 and set(r['whole']) == {dataset}
     paper = (published(teacher, student, method, dataset, self.task.figure) or [dict(value=nan, std=None)])[0]
-    d, low, high = (v - paper['value'] if whole else nan for v in (values.mean(), *interval(values)))
+    figure = paper['value'] if whole else nan
+    d, low, high, p = paired_test(values, [figure]*len(r), level) if whole and not np.isnan(figure) else (nan,)*4
     return {'teacher': teacher, 'student': student, 'method': method, 'paper': paper['value'],
             'paper_sd': nan if paper['std'] is None else paper['std'], self.task.metric: values.mean(),
             'sd': values.std(), 'n': len(r), 'best': r.best.mean(), 'difference': d, 'low': low, 'high': high,
-            'verdict': _word_against(len(r), whole, paper['value'], d, low, high)}
+            'p': p, 'whole': whole}
 
 # %% ../nbs/27_comparison.ipynb #bc14248b
 @patch
@@ -399,6 +405,12 @@ def against_published(self:Comparison,
     methods:list, # See `parse_method`
     dataset:str='CIFAR-100' # Data of the paper
 ) -> pd.DataFrame: # One row per pair and method, also where nothing was run; NaN where there is no figure
-    "Published figure, ours with n, sd and best epoch, and the difference with its 95 % interval and in words"
+    "Published figure, ours with n, sd and best epoch, and the difference with its corrected 95 % interval and in words"
     runs, methods = self.runs, [str(parse_method(m)) for m in methods]
-    return pd.DataFrame([self._row_against(runs, t, s, m, dataset) for t,s in pairs for m in methods])
+    cells = [(t, s, m) for t,s in pairs for m in methods]
+    rows = lambda levels: [self._row_against(runs, *c, dataset, level) for c,level in zip(cells, levels)]
+    found = rows(holm_levels([r['p'] for r in rows([.95]*len(cells))]))
+    for r,p in zip(found, holm([r.pop('p') for r in found])):
+        r['p (Holm)'] = p
+        r['verdict'] = _word_against(r, r.pop('whole'))
+    return pd.DataFrame(found)

@@ -1,4 +1,4 @@
-"""The noise schedule, the denoiser, its loss, and DDIM folded to two constants a step
+"""The noise schedule, the denoiser, its loss, and and DDIM with two precomputed numbers for each step
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/diffusion.html.md"""
 

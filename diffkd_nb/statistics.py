@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import ttest_1samp, ttest_rel
 
 # %% auto #0
-__all__ = ['interval', 'paired_test', 'holm', 'verdict_word', 'contrasts']
+__all__ = ['interval', 'paired_test', 'holm', 'verdict_word', 'holm_levels', 'difference_text', 'contrasts']
 
 # %% ../nbs/25_statistics.ipynb #dbd8ae05
 def interval(
@@ -25,16 +25,21 @@ def interval(
     return tuple(map(float, ttest_1samp(x, 0).confidence_interval(level)))
 
 # %% ../nbs/25_statistics.ipynb #f0cdd6cf
+_ROUNDING = 1e-12 # Differences of this share of the values are float64's rounding
+
 def paired_test(
-    a, b # Values of two methods, same seeds in the same order
-) -> tuple: # Mean difference a - b, low and high of its 95 % interval, two-sided p
+    a, b, # Values of two methods, same seeds in the same order
+    level:float=.95 # Confidence of the interval
+) -> tuple: # Mean difference a - b, low and high of its interval, two-sided p
     "Paired t test; p is 1 where all differences are 0, and NaN for fewer than two seeds"
     a, b = np.asarray(a, float), np.asarray(b, float)
     d, nan = a - b, float('nan')
     if len(d) < 2: return float(d[0]) if len(d) else nan, nan, nan, nan
-    if np.ptp(d) == 0: return float(d[0]), float(d[0]), float(d[0]), float(d[0] == 0)
+    if np.ptp(d) <= _ROUNDING*np.abs([a, b]).max():
+        same = float(d.mean())
+        return same, same, same, float(abs(same) <= _ROUNDING*np.abs([a, b]).max())
     found = ttest_rel(a, b)
-    return float(d.mean()), *map(float, found.confidence_interval()), float(found.pvalue)
+    return float(d.mean()), *map(float, found.confidence_interval(level)), float(found.pvalue)
 
 # %% ../nbs/25_statistics.ipynb #1f0f9258
 def holm(ps) -> list: # Adjusted p values in the same order; NaN stays
@@ -54,20 +59,48 @@ def verdict_word(
     if np.isnan(p): return 'one seed'
     return 'not distinguishable' if p > level else 'better' if difference > 0 else 'worse'
 
+def holm_levels(
+    ps, # p values of tests that are looked at together
+    level:float=.95 # Confidence where there is one
+) -> list: # Confidence of each one's interval
+    "Levels at which intervals leave out zero exactly where Holm's test finds a difference"
+    ps = np.asarray(ps, float)
+    left, stopped, out = int((~np.isnan(ps)).sum()), False, np.full(len(ps), level)
+    for i in np.argsort(ps)[:left]:                     # NaN come last
+        out[i] = 1 - (1-level)/left
+        stopped = stopped or ps[i] > (1-level)/left
+        left -= not stopped
+    return out.tolist()
+
+# %% ../nbs/25_statistics.ipynb #f7e416f2
+def difference_text(
+    difference:float, low:float, high:float, p:float, # As in `contrasts`, p after Holm's correction
+    n:int, # Seeds
+    verdict:str, # From `verdict_word`
+    unit:str='' # Word after the difference, with its space
+) -> str:
+    "A difference with its corrected interval, p and verdict, in words"
+    sure = f', corrected 95 % interval {low:+.2f} to {high:+.2f}, p {p:.3f} (Holm), {n} seeds' if n > 1 else ''
+    return f'{difference:+.2f}{unit}{sure}: {verdict}.'
+
 # %% ../nbs/25_statistics.ipynb #f4012b3f
 def contrasts(
     values:dict, # Name to a series of one value per seed
     differences, # Pairs of names, first minus second
-    level:float=.95 # Confidence that all intervals hold
+    level:float=.95, # Confidence of the interval of a single difference
+    larger_is_better:bool=True # Which sign of a difference is better
 ) -> pd.DataFrame: # A row per difference: mean, low, high, n, p, p (Holm), verdict
     "Paired differences, tested together; seeds that one of two lacks are left out"
     rows, none = [], pd.Series(dtype=float)
-    for a,b in differences:
-        both = pd.concat([values.get(a, none), values.get(b, none)], axis=1, join='inner').to_numpy(float)
-        d, _, _, p = paired_test(*both.T)
-        low, high = interval(both[:, 0] - both[:, 1], 1 - (1-level)/len(differences))
-        rows.append(dict(zip(('pair', 'difference', 'low', 'high', 'n', 'p'), (f'{a} - {b}', d, low, high, len(both), p))))
+    shared = lambda a, b: pd.concat([values.get(a, none), values.get(b, none)], axis=1, join='inner')
+    both = [shared(a, b).to_numpy(float).T for a,b in differences]
+    ps = [paired_test(*x)[3] for x in both]
+    for (a,b),x,each in zip(differences, both, holm_levels(ps, level)):
+        d, low, high, p = paired_test(*x, each)
+        rows.append({'pair': f'{a} - {b}', 'difference': d, 'low': low, 'high': high, 'n': x.shape[1], 'p': p})
     found = pd.DataFrame(rows).set_index('pair')
     found['p (Holm)'] = holm(found.p)
-    found['verdict'] = ['not run' if not r.n else verdict_word(r.difference, r['p (Holm)']) for _,r in found.iterrows()]
+    sign = 1 if larger_is_better else -1
+    word = lambda r: verdict_word(sign*r.difference, r['p (Holm)']) if r.n else 'not run'
+    found['verdict'] = [word(r) for _,r in found.iterrows()]
     return found

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 import docs  # noqa: E402
+import workers  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 VOID = {'area', 'br', 'col', 'hr', 'img', 'input', 'link', 'meta', 'wbr'}
@@ -70,7 +71,7 @@ def site(tmp_path_factory):
     """The folder of the site, made once by the command."""
     before = sorted(ROOT.glob('*')) + sorted(ROOT.glob('nbs/**/*'))
     out = tmp_path_factory.mktemp('docs') / 'site'
-    done = subprocess.run([sys.executable, ROOT / 'tools' / 'docs.py', '--out', out], capture_output=True, text=True)
+    done = workers.call(docs.main, ['--out', str(out)])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f'The site: {out / "index.html"}'
     assert sorted(ROOT.glob('*')) + sorted(ROOT.glob('nbs/**/*')) == before  # nothing is left in the tree
@@ -81,6 +82,11 @@ def site(tmp_path_factory):
 def pages(site):
     """The pages of the site, parsed."""
     return {path.name: Html(path.read_text(encoding='utf-8')) for path in sorted(site.glob('*.html'))}
+
+
+def test_the_command_starts():
+    done = subprocess.run([sys.executable, ROOT / 'tools' / 'docs.py', '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and '--out' in done.stdout, done.stderr
 
 
 def page_of(path):

@@ -6,8 +6,11 @@ The public site is Quarto's. This one needs no server and no network.
 """
 import argparse
 import base64
+import functools
 import html
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,8 +26,9 @@ import yaml
 from readme import INVISIBLE, OBJECT_REPR, fence, is_off, join, merge_streams, plain_text, split_directives
 
 ROOT = Path(__file__).resolve().parent.parent
+FORK = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
 PARTS = Path(__file__).resolve().parent / 'docs'
-PROCESS = 'from nbdev.quarto import *; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar(); proc_nbs(n_workers={})'
+IMPORTS = ['nbdev.quarto', 'nbdev.serve_drv', 'diffkd_nb.all', 'diffkd_nb.commands', 'diffkd_nb.demo', 'sklearn.datasets', 'timm']
 READER = ['--from=markdown-yaml_metadata_block', '--columns=100000']  # so wide that no table gets fixed column widths
 WRITER = ['--to=html', '--mathml', '--standalone', '--toc', '--toc-depth=3', f'--template={PARTS / "page.html"}', '--wrap=preserve']
 PICTURES = {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg'}
@@ -49,18 +53,46 @@ def pandoc(text, *args):
     return done.stdout
 
 
+def process_here(folder, n):
+    """Process the notebooks in `folder` in `n` processes. What is printed goes into the file `log` there."""
+    log = os.open(folder / 'log', os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.stdout, sys.stderr = (open(stream, 'w', buffering=1, closefd=False) for stream in (1, 2))
+    os.chdir(folder)
+    import nbdev.processors
+    import nbdev.serve
+    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+
+    def in_turn(f, items, n_workers, **_):
+        with FORK.Pool(n_workers) as pool:
+            pool.map(f, sorted(items, key=lambda item: -item[0].stat().st_size), chunksize=1)
+    nbdev.serve.parallel = in_turn
+    nbdev.processors.get_config = functools.cache(nbdev.processors.get_config)  # it is read for every cell
+    refresh_quarto_yml()
+    nbdev_sidebar()
+    nbdev.serve.proc_nbs(n_workers=n)
+
+
 def process(root, folder):
     """Return the folder of nbdev's processed notebooks, made in a copy of `nbs` under `folder`. The tree is only read."""
     shutil.copytree(root / 'nbs', folder / 'nbs', ignore=shutil.ignore_patterns('.*', '__pycache__', 'nbdev.yml', '*.py'))
     settings = (root / 'pyproject.toml').read_text(encoding='utf-8')
     (folder / 'pyproject.toml').write_text(settings.replace('[tool.nbdev]', '[tool.nbdev]\nrenderer = "entry.Entry"'), encoding='utf-8')
-    path = os.pathsep.join([str(root), str(PARTS), os.environ.get('PYTHONPATH', '')])
-    env = {**os.environ, 'PYTHONPATH': path.rstrip(os.pathsep), 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
-    code = PROCESS.format(min(os.cpu_count() or 1, 4))
-    done = subprocess.run([sys.executable, '-c', code], cwd=folder, env=env, capture_output=True, encoding='utf-8', errors='replace')
-    if done.returncode:
-        start = max(done.stderr.rfind('\nException: '), done.stderr.rfind('\nError'), 0)
-        raise DocsError(f'nbdev could not process the notebooks. {done.stderr[start:].strip()[-2000:]}')
+    os.environ.update(MPLBACKEND='Agg', OMP_NUM_THREADS='1')
+    sys.path[:0] = [str(root), str(PARTS)]
+    try:
+        for name in IMPORTS:  # once, before the processes are forked
+            importlib.import_module(name)
+        child = FORK.Process(target=process_here, args=(folder, min(os.cpu_count() or 1, 4)))
+        child.start()
+        child.join()
+    finally:
+        del sys.path[:2]
+    if child.exitcode:
+        said = (folder / 'log').read_text(encoding='utf-8', errors='replace')
+        start = max(said.rfind('\nException: '), said.rfind('\nError'), 0)
+        raise DocsError(f'nbdev could not process the notebooks. {said[start:].strip()[-2000:]}')
     if not (folder / '_proc' / 'index.ipynb').is_file():
         raise DocsError(f'nbdev passed over the notebooks in {folder}: no folder on the way may begin with a dot. Set TMPDIR to another.')
     return folder / '_proc'
