@@ -38,8 +38,8 @@ S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, sc
 SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
-    'S4': Setting('S4', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
-                  dict(precision='bf16'), 10., 'size=180x240&valid=test')}
+    'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
+                  dict(precision='bf16'), 15., 'size=180x240&valid=test')}
 SETTINGS['S2 held out'] = replace(SETTINGS['S2'], name='S2 held out', query='holdout=500')
 
 # %% ../nbs/32_study.ipynb #7d7158e9
@@ -84,10 +84,10 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
          ('DiffKD', 'DIST')), tuple(range(200, 210))),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
-    Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S4', {
+    Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
         'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
-        tuple(range(400, 405))))}
+        tuple(range(300, 305))))}
 
 def get_question(
     key:str # A key of `QUESTIONS`
