@@ -74,13 +74,13 @@ def _way(module, s, t, seed):
 def denoised_maps(
     learn:Learner, # Learner with a `DiffKDCallback`, trained
     *xb, # Inputs of the model
-    tap:str='feature', # Name of a feature tap of the plan
+    tap:str='feature', # Name of a feature tap of the plan; `'logits'` for a class map
     seed:int=0 # Seed of the noise of the mixed start
 ) -> dict: # `student`, `denoised`, `teacher`: (B, L, H, W) each; `gamma` (B,)
     "Projected student map, denoised student map and the teacher's latent map of one tap"
     kd, i = _distillation(learn, tap)
-    if kd.plan[i].kind != 'feature':
-        names = [t.name for t in kd.plan if t.kind == 'feature']
+    if kd.plan[i].form == 'logits':
+        names = [t.name for t in kd.plan if t.form != 'logits']
         raise ValueError(f"no feature tap named {tap!r}: the plan has {names}.")
     with tap_features(learn, *xb, tap=tap) as (module, s, t): way = _way(module, s, t, seed)
     return {'student': way['projected'], 'denoised': way['out'][-1], 'teacher': way['target'], 'gamma': way['gamma']}
@@ -141,7 +141,7 @@ def plot_steps(
 ): # The axes
     "A row a sample: image, student, mixed start, every denoising step, teacher"
     with tap_features(learn, *xb, tap=tap) as (module, s, t):
-        if module.kind != 'feature': raise ValueError(f"tap {tap!r} has no map to show: name a feature tap.")
+        if module.kind == 'logits': raise ValueError(f"tap {tap!r} has no map to show: name a feature tap.")
         way = _way(module, s, t, seed)
     steps = {f'step {i}': o for i,o in enumerate(way['out'][1:], 1)}
     columns = {'student': way['projected'], 'mixed': way['out'][0], **steps, 'teacher': way['target']}

@@ -249,7 +249,7 @@ def fields_of(
 def find_key(
     output, # What a module gave
     key=None, # What the user names
-    shape:tuple|None=None, # What the tensor must look like, (B, ...); (batch, classes), else a map, if not given
+    shape:tuple|None=None, # What the tensor must look like, (B, ...); (batch, classes), or a map called 'logits' or 'out', if not given
     where:str='the model' # Word for the module in the error message
 ): # Key for `field_of`; None for a tensor
     "Which field is meant; `ValueError` where it cannot be known"
@@ -259,10 +259,8 @@ def find_key(
         if key in fields: return key
         raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=.")
     fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
-    if shape is None and not fits: fits = [k for k,v in fields.items() if v.dim() == 4]
-    for k in ('logits', 'out'):
-        if k in fits: return k
-    if len(fits) == 1: return fits[0]
+    if shape is None and not fits: fits = [k for k in ('logits', 'out') if k in fields and fields[k].dim() == 4]
+    if 'logits' in fits or len(fits) == 1: return 'logits' if 'logits' in fits else fits[0]
     raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
                      "name the one to compare with output_key=, or tap a module inside or after it.")
 
@@ -347,7 +345,8 @@ def class_map(
 ) -> str: # Dotted name, `''` for the output itself
     "Name of the module that gives the scores of a segmentation model, before the last enlarging"
     out = records[-1].output
-    final = main_tensor(out) if key is None else field_of(out, find_key(out, key))
+    try: final = field_of(out, find_key(out, key))
+    except ValueError: return ''        # the place of the output says what is wrong
     if not isinstance(final, Tensor) or final.dim() != 4: return ''
     i = _resized(records, final)
     return '' if i is None else _numbered(records)[i]

@@ -71,7 +71,7 @@ def site(tmp_path_factory):
     """The folder of the site, made once by the command."""
     before = sorted(ROOT.glob('*')) + sorted(ROOT.glob('nbs/**/*'))
     out = tmp_path_factory.mktemp('docs') / 'site'
-    done = workers.call(docs.main, ['--out', str(out)])
+    done = workers.call(docs.main, ['--out', str(out)], timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f'The site: {out / "index.html"}'
     assert sorted(ROOT.glob('*')) + sorted(ROOT.glob('nbs/**/*')) == before  # nothing is left in the tree
