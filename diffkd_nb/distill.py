@@ -238,7 +238,7 @@ def _again(kd, student, xb):
     return Distillation(student, kd.teacher, deepcopy(kd.method), xb, kd.asked_taps, 0, kd.teacher_transform, None,
                         kd.context, kd.output_key, kd.output, kd.classes)
 
-# %% ../nbs/33_distill.ipynb #f6e8919d
+# %% ../nbs/33_distill.ipynb #11c26702
 def _step(learn, model, xb, yb, kd=None):
     "A function that takes one training step"
     opt = learn.opt_func([[*model.parameters(), *(kd.parameters() if kd else [])]], lr=1e-6)
@@ -254,7 +254,7 @@ def step_times(
     learn:Learner, # With a distillation that has been planned
     seconds:float=10., # Stop after so long; at least one step of each is taken
     steps:int=10 # Steps of each at most
-) -> tuple|None: # Seconds of a plain step and of a distilled one, medians; None for a model that cannot be copied
+) -> tuple|None: # Seconds of a plain step and of a distilled one, the shortest; None for a model that cannot be copied
     "What a step takes without and with the distillation, in turn on the same batch"
     kd, (xb, yb) = distillation(learn), _batch(learn, train=True)
     times, began = ([], []), time.perf_counter()
@@ -267,9 +267,9 @@ def step_times(
             for i in range(steps + 1):
                 for f,t in zip(both, times): t.append(_seconds(f, _device(models[0])))
                 if i and time.perf_counter() - began > seconds: break
-    return tuple(float(np.median(t[1:])) for t in times)
+    return tuple(min(t[1:]) for t in times)
 
-# %% ../nbs/33_distill.ipynb #0da7e239
+# %% ../nbs/33_distill.ipynb #72d737e8
 def _megabytes(model):
     "Parameters and buffers"
     return sum(t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers()])/2**20
@@ -279,13 +279,13 @@ def latency(
     xb:tuple, # Inputs of a batch, of which the first item is taken
     seconds:float=2., # Stop after so long
     times:int=30 # Calls at most
-) -> float: # Seconds, the median
+) -> float: # Seconds, the shortest
     "What one item takes in eval mode"
     one, found, began = first_samples(xb, 1), [], time.perf_counter()
     for i in range(times + 2):
         found.append(_seconds(lambda: _answer(model, one), _device(model)))
         if i > 2 and time.perf_counter() - began > seconds: break
-    return float(np.median(found[2:]))
+    return min(found[2:])
 
 # %% ../nbs/33_distill.ipynb #d82068ea
 _PERCENT = ('accuracy', 'accuracy_multi', 'top_k_accuracy', 'error_rate', 'foreground_acc')
@@ -304,7 +304,7 @@ def _against_alone(name, student, alone):
     said = difference_text(scale*(student - alone), nan, nan, nan, 1, verdict_word(student - alone, nan), unit)
     return [f'Student - alone: {said}']
 
-# %% ../nbs/33_distill.ipynb #8b04ea48
+# %% ../nbs/33_distill.ipynb #bde43424
 def _limits(learn, name, value, compared):
     "What the figures cannot say"
     n, out = len(getattr(learn.dls.loaders[-1], 'dataset', ())), []
@@ -314,7 +314,7 @@ def _limits(learn, name, value, compared):
     if error: out.append(f'{n:,} validation items: the standard error of the accuracy is {error:.1f} points.')
     place = _device(learn.model)
     threads = f', {torch.get_num_threads()} threads' if place.type == 'cpu' else ''
-    out.append(f'Times are medians on this machine ({place}{threads}), with whatever else it was doing.')
+    out.append(f'Times are the shortest of several on this machine ({place}{threads}).')
     out.append('Rounding: on another device or with another number of threads the same seed ends elsewhere, '
                'and no interval counts that.')
     return out
