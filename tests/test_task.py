@@ -132,7 +132,7 @@ def test_compares_and_verifies(teacher, tmp_path):
     runs = c.runs.pivot(index='seed', columns='method', values='missed')
     assert row.missed == pytest.approx(runs.kd.mean()) and row.difference == pytest.approx((runs.kd - runs.alone).mean())
     text = c.markdown()
-    assert '| method | missed | sd |' in text and ': missed of the last epoch' in text and '%)' not in text and 'points' not in c.verdicts()[0]
+    assert '| method | verdict | missed | sd |' in text and ': missed of the last epoch' in text and '%)' not in text and 'points' not in c.verdicts()[0]
     assert c.plot().get_xlabel() == 'missed, difference to alone'
     report = verify(tmp_path, teacher=teacher.partition('@')[2])
     assert report, str(report)
