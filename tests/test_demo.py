@@ -84,14 +84,14 @@ def wait_for(p, found):
 
 def test_killed_and_started_again(tmp_path):
     "A finished run is not run again; the result is that of an undisturbed run"
-    args = [*FEW, '--seeds', '2', '--epochs', '3']
+    args = [*FEW, '--seeds', '1', '--epochs', '3']
     whole = workers.command(MAIN, '--out', tmp_path/'whole', *args)
     assert whole.returncode == 0, whole.stderr
     p = workers.start_command(MAIN, '--out', tmp_path/'o', *args)
     wait_for(p, lambda: list((tmp_path/'o'/'students').rglob('manifest.json')))
     p.send_signal(signal.SIGKILL); p.wait(); time.sleep(.5)     # what it started ends, too
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/'o'/'students').rglob('manifest.json')}
-    assert 1 <= len(kept) < 6
+    assert 1 <= len(kept) < 3
     again = workers.command(MAIN, '--out', tmp_path/'o', *args)
     assert again.returncode == 0 and f'{len(kept)} of them already in' in again.stdout, again.stderr
     assert all(f.stat().st_mtime_ns == t for f,t in kept.items())

@@ -141,6 +141,7 @@ def accuracy(name, x, y, classes=None):
     return 100*hits/len(y)
 
 
+@pytest.mark.slow
 @needs('cifar10', 'teachers')
 def test_cifar10_resnet56():
     x, y = mosaics(DATA/'cifar10'/'test')
@@ -148,7 +149,8 @@ def test_cifar10_resnet56():
 
 
 @needs('cifar100', 'teachers')
-@pytest.mark.parametrize('name,want', [pytest.param('cifar100_resnet32', 71.69, marks=pytest.mark.slow), ('cifar100_resnet8', 64.11)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name,want', [('cifar100_resnet32', 71.69), ('cifar100_resnet8', 64.11)])
 def test_cifar100(name, want):
     x, y = mosaics(DATA/'cifar100'/'test')
     assert len(y) == 10000 and accuracy(name, x, y) == pytest.approx(want, abs=.001)
