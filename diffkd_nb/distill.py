@@ -226,12 +226,22 @@ def _agreement(a, b):
 
 # %% ../nbs/33_distill.ipynb #646678fa
 def _seconds(f, device):
-    "Time of a call"
+    "Time of a call: on the clock for a GPU, the processor's time with one thread for a CPU"
+    if device.type == 'cpu': return _processor_seconds(f)
     if device.type == 'cuda': torch.cuda.synchronize(device)
     start = time.perf_counter()
     f()
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+def _processor_seconds(f):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+    finally: torch.set_num_threads(threads)
 
 def _again(kd, student, xb):
     "A distillation like another, of a copy of its student"
@@ -313,8 +323,8 @@ def _limits(learn, name, value, compared):
     error = 100*(value*(1 - value)/n)**.5 if name == 'accuracy' and n else 0
     if error: out.append(f'{n:,} validation items: the standard error of the accuracy is {error:.1f} points.')
     place = _device(learn.model)
-    threads = f', {torch.get_num_threads()} threads' if place.type == 'cpu' else ''
-    out.append(f'Times are the shortest of several on this machine ({place}{threads}).')
+    how = 'processor time of one CPU thread' if place.type == 'cpu' else str(place)
+    out.append(f'Times are the shortest of several on this machine ({how}).')
     out.append('Rounding: on another device or with another number of threads the same seed ends elsewhere, '
                'and no interval counts that.')
     return out
