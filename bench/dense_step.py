@@ -1,10 +1,10 @@
-"""Time of a training step of segmentation: DiffKD beside KD per pixel and CWD, through a fastai Learner, methods alternating in one process.
+"""CPU time of a training step of segmentation: DiffKD beside KD per pixel and CWD, through a fastai Learner, methods alternating in one process.
 
     python bench/dense_step.py [--height 96 --width 128] [--batch 4] [--steps 3] [--rounds 3] [--threads 1] [--out results/bench/dense_step_cpu.json]
 
 DeepLabV3 with a ResNet-50 teaches DeepLabV3 with a ResNet-18, both with class maps at 1/8 (pip install 'diffkd_nb[dense]'). Random pictures and weights:
-they do not change the time. Ratios are medians over rounds, each to the other method in the same round. `memory_mb` is what the backward pass keeps of
-the method itself, from one call.
+they do not change the time. It is the time of the process, so that other work on the machine counts less. Ratios are medians over rounds, each to the
+other method in the same round. `memory_mb` is what the backward pass keeps of the method itself, from one call.
 """
 import argparse, json, statistics, time
 from pathlib import Path
@@ -23,14 +23,14 @@ METHODS = ['alone', 'kd', 'cwd', 'dist', 'diffkd', 'diffkd:dense_form=pointwise'
 
 
 class Clock(Callback):
-    "Times the training part of an epoch; the first step only warms up"
+    "CPU time of the training part of an epoch; the first step only warms up"
     order = 90
     def before_train(self): self.n = 0
     def after_batch(self):
         if not self.training: return
         self.n += 1
-        if self.n == 1: self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - self.start
+        if self.n == 1: self.start = time.process_time()
+        self.seconds = time.process_time() - self.start
 
 
 def kept(method, classes, size, batch):
