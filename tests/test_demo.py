@@ -82,6 +82,7 @@ def wait_for(p, found):
     while not found(): assert p.poll() is None and time.time() < end, p.output; time.sleep(.02)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     "A finished run is not run again; the result is that of an undisturbed run"
     args = [*FEW, '--seeds', '1', '--epochs', '3']

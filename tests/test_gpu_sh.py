@@ -49,6 +49,7 @@ def test_a_failed_step_stays_and_the_others_go_on_and_nothing_runs_twice(call):
     assert said.count('kept ') == 6 and set(again) <= {'other'}
 
 
+@pytest.mark.slow
 def test_a_call_ends_in_its_time_and_what_was_stopped_begins_again(call):
     begin = time.monotonic()
     p = call('--minutes', '0.4', '--steps', 'times', mode='imagenet:hang')        # 24 seconds

@@ -29,6 +29,7 @@ def call(cifar, tmp, *args):
                         '--threads', '1', '--epochs', '1', '--seeds', '1', '--pairs', 'resnet56-resnet20', *args)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stands(cifar, tmp_path):
     p = call(cifar, tmp_path, '--minutes', '0')
     assert p.returncode == 0 and 'Left: 1 of teachers, 5 of grid, 14 of controls.' in p.stdout, p.stderr

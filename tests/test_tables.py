@@ -37,6 +37,7 @@ def command(place, out, *more):
             '--executor', 'here', '--methods', 'diffkd:latent=256', 'diffkd:latent=128', '--out', str(out), *more]
 
 
+@pytest.mark.slow
 def test_table_8_runs_and_stands_beside_the_paper(place, tmp_path, capsys):
     assert compare_main(command(place, tmp_path)) == 0
     text = capsys.readouterr().out
