@@ -9,7 +9,7 @@ other method in the same round. `memory_mb` is what the backward pass keeps of t
 import argparse, json, statistics, time
 from pathlib import Path
 import torch
-from fastai.basics import Callback, Learner
+from fastai.basics import Learner
 from fastai.data.core import DataLoaders
 import fastai.callback.progress
 from diffkd_nb.callback import DistillCallback
@@ -18,19 +18,9 @@ from diffkd_nb.experiment import code_version, environment
 from diffkd_nb.files import write_whole
 from diffkd_nb.losses import PixelCrossEntropy
 from diffkd_nb.methods import Method
+from methods import Clock
 
 METHODS = ['alone', 'kd', 'cwd', 'dist', 'diffkd', 'diffkd:dense_form=pointwise', 'diffkd:denoiser=identity']
-
-
-class Clock(Callback):
-    "CPU time of the training part of an epoch; the first step only warms up"
-    order = 90
-    def before_train(self): self.n = 0
-    def after_batch(self):
-        if not self.training: return
-        self.n += 1
-        if self.n == 1: self.start = time.process_time()
-        self.seconds = time.process_time() - self.start
 
 
 def kept(method, classes, size, batch):
@@ -59,7 +49,7 @@ def main():
     teacher, times = net(a.teacher), {m: [] for m in a.methods}
     for r in range(a.rounds):
         for m in a.methods:
-            clock, cb = Clock(), [] if m == 'alone' else [DistillCallback(teacher, m, verbose=False)]
+            clock, cb = Clock(time.process_time), [] if m == 'alone' else [DistillCallback(teacher, m, verbose=False)]
             learn = Learner(dls, net(a.student), lr=1e-4, loss_func=PixelCrossEntropy(), cbs=[clock, *cb])
             learn._do_epoch_validate = lambda *args, **kw: None
             with learn.no_bar(), learn.no_logging(): learn.fit(1)

@@ -26,7 +26,7 @@ from .losses import SCORES, Scores, get_distance
 from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
-__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'check_steps', 'DiffKDDistiller']
+__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'DiffKDDistiller']
 
 # %% ../nbs/05_diffkd.ipynb #cca7c862
 def common_size(
@@ -300,13 +300,12 @@ def trajectory(
     return dict(projected=z, target=target, gamma=gamma, steps=steps, out=[tap.project_out(s) for s in steps])
 
 # %% ../nbs/05_diffkd.ipynb #c588bb0c
-def check_steps(
-    n # Number of steps asked for
-) -> int: # The same; `ValueError` for what is none
-    "A number of steps, 0 for none"
+def _check_pretrain(n, taps):
+    "`ValueError` for a number of steps that is none, and where nothing could learn"
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"pretrain must be a number of steps, 0 or more, got {n!r}.")
-    return n
+    if n and len(taps) and all(t.denoiser is None and t.autoencoder is None for t in taps):
+        raise ValueError(f"pretrain={n} teaches denoiser and autoencoder, and no tap has one: leave pretrain out.")
 
 # %% ../nbs/05_diffkd.ipynb #23be13b3
 class DiffKDDistiller(Distiller):
@@ -335,8 +334,7 @@ class DiffKDDistiller(Distiller):
         self.lambdas = dict(kd=kd_weight, diffusion=diffusion_weight, reconstruction=reconstruction_weight)
         self._check_options(distances, weights)
         self.weights = [float(weights.get(n, 1.)) for n in self.names]
-        self.pretrain, self.sizes = check_steps(pretrain), [t.student.shape[1:] for t in plan]
-        if pretrain: self.register_buffer('pretrained', torch.tensor(0))
+        self.pretrain, self.sizes = pretrain, [t.student.shape[1:] for t in plan]
         self.paced = self.hard_labels = paced
         self.judge = next((t.name for t in plan if t.kind == 'logits'), None)
         if paced: check_paced(plan)
@@ -344,6 +342,8 @@ class DiffKDDistiller(Distiller):
         self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], kind, output=t.output,
                                          distance=distances.get(t.name, losses[kind]), **kwargs)
                                   for t,kind in zip(plan, kinds))
+        _check_pretrain(pretrain, self.taps)
+        if pretrain: self.register_buffer('pretrained', torch.tensor(0))
 
 # %% ../nbs/05_diffkd.ipynb #b431ba09
 @patch

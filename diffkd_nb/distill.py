@@ -484,6 +484,9 @@ def _check_call(learn, student, epochs, method, compare_with, seeds):
         raise InputError(f"epochs must be a whole number of at least 1, got {epochs!r}.")
     if isinstance(seeds, int) and seeds < 1 or not isinstance(seeds, int) and not len(seeds):
         raise InputError(f"seeds must be a number of at least 1 or a list of seeds, got {seeds!r}.")
+    if compare_with is None and (seeds if isinstance(seeds, int) else len(seeds)) > 1:
+        raise InputError("several seeds are for a comparison: name what to compare with, compare_with=['alone'], or leave "
+                         "seeds out.")
     if compare_with is None: return
     if isinstance(compare_with, str) or not len(compare_with):
         raise InputError(f"compare_with must be a list of methods such as ['alone', 'kd'], got {compare_with!r}.")

@@ -22,8 +22,8 @@ from .rng import same_rng
 from .transforms import STATS, UNREADABLE, Views, as_floats, as_rgb, image_transform, make_augmentation
 
 # %% auto #0
-__all__ = ['array_dls', 'folder_dls', 'Data', 'data_spec', 'ImageArrays', 'class_folders', 'read_splits', 'folder_arrays',
-           'ImageFolder']
+__all__ = ['array_dls', 'folder_dls', 'Data', 'data_spec', 'named_options', 'ImageArrays', 'class_folders', 'read_splits',
+           'folder_arrays', 'ImageFolder']
 
 # %% ../nbs/11b_images.ipynb #a9028aca
 class Data:
@@ -64,6 +64,17 @@ def data_spec(
     "The text that opens data again"
     asked = '&'.join(f'{k}={v}' for k,v in options.items() if v)
     return f'{kind}:{folder}' + (f'?{asked}' if asked else '')
+
+def named_options(
+    what:str, # What takes the options, in the error message
+    query:str, # `'name=value&name=value'`
+    known # Names that may occur
+) -> dict: # Name to text
+    "Options after a question mark; `InputError` for one that is not known"
+    asked = dict(i.partition('=')[::2] for i in query.split('&') if i)
+    if wrong := [k for k in asked if k not in known]:
+        raise InputError(f"{what} has no option {wrong[0]!r}: expected one of {', '.join(known)}.")
+    return asked
 
 # %% ../nbs/11b_images.ipynb #9855ab2f
 @patch

@@ -17,7 +17,7 @@ from .distiller import output_refusal
 from .methods import METHODS
 
 # %% auto #0
-__all__ = ['LEARNERS', 'check_kind', 'output_kind', 'all_void', 'check_values', 'method_table']
+__all__ = ['LEARNERS', 'check_kind', 'output_kind', 'ignored_by', 'all_void', 'check_values', 'method_table']
 
 # %% ../nbs/07b_outputs.ipynb #7877295f
 def check_kind(
@@ -79,13 +79,19 @@ def output_kind(
                      f"one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher).")
 
 # %% ../nbs/07b_outputs.ipynb #8cc1a525
+def ignored_by(
+    loss_func:Callable # A Learner's loss
+) -> int|None: # None where it leaves nothing out
+    "The class number that a loss leaves out"
+    return getattr(loss_func, 'keywords', {}).get('ignore_index', getattr(_inner_loss(loss_func), 'ignore_index', None))
+
 def all_void(
     loss_func:Callable, # A Learner's loss
     target # Targets of a batch
 ) -> Tensor|None: # Bool; None where the targets are no map of classes, or the loss leaves nothing out
     "Whether no pixel of a batch has a label"
     maps = isinstance(target, Tensor) and target.dim() > 2 and not target.is_floating_point()
-    ignore = getattr(loss_func, 'keywords', {}).get('ignore_index', getattr(_inner_loss(loss_func), 'ignore_index', None))
+    ignore = ignored_by(loss_func)
     return (target == ignore).all() if maps and ignore is not None else None
 
 # %% ../nbs/07b_outputs.ipynb #b88aa434

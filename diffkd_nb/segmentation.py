@@ -13,22 +13,18 @@ from fastcore.basics import patch
 from torch import Tensor
 from .files import InputError
 from .losses import PixelCrossEntropy
+from .outputs import ignored_by
 from .rng import same_rng
 from .segmentation_data import VOID, open_segmentation, _LAYOUTS
 from .segmentation_models import Resize, Scores, segmentation_model
 from .task import Task
+from .taps import main_tensor
 from .weights import load_weights, read_weights
 
 # %% auto #0
-__all__ = ['ignored_by', 'confusion', 'iou', 'MeanIoU', 'ClassIoU', 'Segmentation']
+__all__ = ['confusion', 'iou', 'MeanIoU', 'ClassIoU', 'Segmentation']
 
 # %% ../nbs/15b_segmentation.ipynb #01d6927c
-def ignored_by(
-    loss_func # A Learner's loss
-) -> int|None: # None where it has none
-    "The class number that a loss leaves out"
-    return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', None)
-
 def confusion(
     pred:Tensor, # Scores (B, K, H, W), or classes (B, H, W); resized where the masks are of another size
     target:Tensor, # Classes (B, H, W)
@@ -70,7 +66,7 @@ class MeanIoU(Metric):
     def accumulate(self, learn):
         n = learn.dl.real(len(learn.yb[0])) if hasattr(learn.dl, 'real') else None     # without what fills up a share
         ignore = ignored_by(learn.loss_func) if self.ignore_index is None else self.ignore_index
-        found = confusion(learn.pred[:n].detach(), learn.yb[0][:n], ignore)
+        found = confusion(main_tensor(learn.pred)[:n].detach(), learn.yb[0][:n], ignore)
         self.counts = found if self.counts is None else self.counts + found
 
 # %% ../nbs/15b_segmentation.ipynb #c35e7b42

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from fastai.basics import DataLoaders, show_image, subplots
 from fastcore.basics import patch
 from .files import InputError
-from .images import Data, _images, data_spec
+from .images import Data, _images, data_spec, named_options
 from .loaders import FileDL, UnreadableImage
 from .rng import seeded
 from .transforms import STATS, UNREADABLE, channel_tensors, read_pixels
@@ -373,9 +373,7 @@ _GENERAL, _MORE = ('valid', 'holdout', 'limit', 'size'), ('images', 'masks', 'su
 
 def _said(spec, kind, query):
     "Options by name; `InputError` for what is none"
-    asked, known = dict(i.partition('=')[::2] for i in query.split('&') if i), [*_GENERAL, *(_MORE if kind == 'segmentation' else ())]
-    if wrong := [k for k in asked if k not in known]:
-        raise InputError(f"{spec}: {kind} has no option {wrong[0]!r}, expected one of {', '.join(known)}.")
+    asked = named_options(f'{spec}: {kind}', query, [*_GENERAL, *(_MORE if kind == 'segmentation' else ())])
     for k in ('holdout', 'limit'):
         if k in asked and not (asked[k].isdigit() and int(asked[k])):
             raise InputError(f"{spec}: {k} must be a positive whole number, got {asked[k]!r}.")

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .files import InputError
+from .images import named_options
 from .models import MODELS, MobileNetV1, check_trusted
 from .weights import read_weights
 
@@ -120,10 +121,7 @@ def load_encoder(
 # %% ../nbs/15a_segmentation_models.ipynb #7add1f34
 def _options(name, text, known):
     "Options after the question mark, whole numbers as such; `InputError` for what is none of `known`"
-    asked = dict(i.partition('=')[::2] for i in text.split('&') if i)
-    if wrong := [k for k in asked if k not in known]:
-        raise InputError(f"model {name!r} has no option {wrong[0]!r}: expected {', '.join(known)}.")
-    return {k: int(v) if v.isdigit() else v for k,v in asked.items()}
+    return {k: int(v) if v.isdigit() else v for k,v in named_options(f'model {name!r}', text, known).items()}
 
 def _encoder(name, finest):
     "An encoder of a pyramid by name"
@@ -183,9 +181,9 @@ def _smp(name, rest, n_classes, size):
     smp, (arch, _, text) = _import_smp(), rest.partition('?')
     known = sorted(n for n in dir(smp) if inspect.isclass(getattr(smp, n)) and issubclass(getattr(smp, n), nn.Module))
     if arch not in known: raise InputError(f"there is no model named {name!r}: of smp expected one of {', '.join(known)}.")
-    cls = getattr(smp, arch)
-    asked = _options(name, text, ('encoder', 'output_stride', 'weights', *(k for k in inspect.signature(cls).parameters
-                                                                           if k not in ('classes', 'in_channels'))))
+    cls, ours = getattr(smp, arch), ('classes', 'in_channels', 'encoder_name', 'encoder_weights', 'aux_params')
+    more = [k for k,p in inspect.signature(cls).parameters.items() if k not in ours and p.kind is not p.VAR_KEYWORD]
+    asked = _options(name, text, ('encoder', 'output_stride', 'weights', *more))
     start = asked.pop('weights', None)
     kw, stride = _smp_arguments(cls, asked)
     if start == 'imagenet' and _may_load(): kw['encoder_weights'] = start

@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .files import InputError
-from .images import Data, data_spec
+from .images import Data, data_spec, named_options
 from .loaders import ArrayDataset, ArrayDL
 from .models import check_trusted
 from .rng import same_rng
@@ -210,10 +210,7 @@ def open_text(
     "Labelled sentences by their description"
     kind, _, rest = str(spec).partition(':')
     path, _, query = rest.partition('?')
-    asked = dict(i.partition('=')[::2] for i in query.split('&') if i)
-    if wrong := [k for k in asked if k not in _OPTIONS.get(kind, ())]:
-        known = ', '.join(_OPTIONS.get(kind, ()))
-        raise InputError(f"{spec}: {kind} has no option {wrong[0]!r}, expected one of {known}.")
+    asked = named_options(f'{spec}: {kind}', query, _OPTIONS.get(kind, ()))
     n, split = asked.get('holdout', ''), asked.get('split', 'dev')
     if n and not (n.isdigit() and int(n)):
         raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}.")

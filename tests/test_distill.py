@@ -180,7 +180,7 @@ def test_segmentation():
 
 @pytest.mark.parametrize('kw,says', [
     (dict(student='resnet81'), 'no model named'), (dict(student=18), 'student must be a name'), (dict(epochs=0), 'epochs must be a whole number'),
-    (dict(student=lambda n: n), 'returned int'), (dict(pretrained=True), 'nobody publishes weights'), (dict(seeds=0), 'seeds must be a number'),
+    (dict(student=lambda n: n), 'returned int'), (dict(pretrained=True), 'nobody publishes weights'), (dict(seeds=0), 'seeds must be a number'), (dict(seeds=3), 'several seeds are for a comparison'),
     (dict(compare_with=[]), 'compare_with must be a list'), (dict(compare_with='kd'), 'compare_with must be a list'),
     (dict(compare_with=['diffkd']), 'which is the method itself'), (dict(compare_with=['kdd']), 'unknown method'), (dict(method='kdd'), 'unknown method'),
     (dict(student=sequential(4), pretrained=True), 'made by you')], ids=lambda v: '' if isinstance(v, str) else ','.join(v))

@@ -388,6 +388,7 @@ def test_learning_the_teacher_first(capsys):
     said = capsys.readouterr().out
     assert said.count('learnt the teacher in 7 steps') == 1                 # once, not in the second epoch
     with pytest.raises(ValueError, match='0 or more, got -1'): DiffKDDistiller(plan_of('diffkd'), pretrain=-1)
+    with pytest.raises(ValueError, match='no tap has one'): DiffKDDistiller(plan_of('diffkd'), pretrain=5, denoiser='identity', latent=None)
 
 
 @pytest.mark.parametrize('options', [dict(predicts='clean'), dict(mixing='vp'), dict(mixing='vp', start='gamma'), dict(predicts='clean', norms='separate')], ids=str)

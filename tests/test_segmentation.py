@@ -1,18 +1,22 @@
 """Segmentation from files to a verified comparison: trained, killed and resumed, distilled, by the commands; and what is refused."""
 import json
+from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from fastai.vision.all import CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, MaskBlock, load_learner, resnet18, unet_learner
+from torch.nn import functional as F
+from fastai.vision.all import CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, load_learner, resnet18, unet_learner
 import workers
 from resuming import cut_and_resumed
 from diffkd_nb.callback import DiffKDCallback, DistillCallback
 from diffkd_nb.comparison import compare
 from diffkd_nb.files import InputError
 from diffkd_nb.losses import PixelCrossEntropy
+from diffkd_nb.models import registered_only
+from diffkd_nb.outputs import ignored_by
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.rng import seeded
 from diffkd_nb.run import evaluate, run
-from diffkd_nb.segmentation import MeanIoU, Segmentation, confusion
+from diffkd_nb.segmentation import MeanIoU, Segmentation, confusion, iou
 from diffkd_nb.segmentation_data import VOID, open_segmentation, write_shapes
 from diffkd_nb.segmentation_models import segmentation_model
 from diffkd_nb.tables import TABLES, beside_paper, run_table, table_cost
@@ -95,6 +99,27 @@ def test_the_command_trains(data, tmp_path):
     assert r.returncode == 0 and f'{STUDENT}, alone, seed 0' in r.stdout and ' %' in r.stdout, r.stderr
     assert evaluate(Segmentation().teacher(f"{STUDENT}@{tmp_path/'o'/'student.safetensors'}", open_data(data)), data)[0] == pytest.approx(
         json.loads((tmp_path/'o'/'manifest.json').read_text())['result']['miou'], abs=1e-6)
+
+
+@pytest.mark.parametrize('loss', [PixelCrossEntropy(), partial(F.cross_entropy, ignore_index=VOID)], ids=['module', 'partial'])
+def test_miou_of_a_model_that_gives_a_dict_leaves_void_out(loss):
+    class Dict(torch.nn.Conv2d):
+        def forward(self, x): return {'out': super().forward(x), 'aux': x}
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8)); y[:, :2] = VOID
+    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=2, device='cpu', num_workers=0)
+    model = Dict(3, 3, 1)
+    learn = Learner(dls, model, loss_func=loss if isinstance(loss, PixelCrossEntropy) else lambda p, t: loss(p['out'], t), metrics=[MeanIoU(
+        ignored_by(loss))])
+    with learn.no_bar(): got = learn.validate()[1]
+    assert got == pytest.approx(float(iou(confusion(model(x)['out'], y)).nanmean())) and ignored_by(loss) == VOID
+
+
+def test_a_name_fetches_no_weights_for_a_stranger():
+    pytest.importorskip('segmentation_models_pytorch')
+    with registered_only(), pytest.raises(InputError, match="no option 'encoder_weights'"):
+        segmentation_model('smp:Unet?encoder=resnet18&encoder_weights=imagenet', 3)
+    with registered_only(): segmentation_model('smp:Unet?encoder=resnet18&weights=imagenet', 3)        # the place for weights, nothing fetched
 
 
 def test_one_line_in_a_plain_learner(data, tmp_path):
