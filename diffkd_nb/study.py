@@ -16,6 +16,7 @@ from .comparison import Comparison, compare
 from .files import InputError
 from .methods import parse_method
 from .recipes import OneCycle, Recipe, get_recipe
+from .setup import choose_device
 from .statistics import contrasts
 
 # %% auto #0
@@ -164,6 +165,19 @@ def describe(self:Setting,
     where = f'{self.kind}:{folder}' if folder else self.kind
     return f'{where}?{self.query}' if self.query else where
 
+# %% ../nbs/32_study.ipynb #0c01e5f9
+def _begun_elsewhere(q, asked, out, graph):
+    "Of the seeds asked for those whose runs on record were made the other way: with recorded steps, or without"
+    if not out.is_dir(): return []
+    made = {(m['settings']['seed'], m['settings'].get('graph', False)) for m in Comparison(out).manifests.values()}
+    return [s for s in asked if (s, not graph) in made]
+
+def _seeds_here(q, asked, out, graph):
+    "The seeds to train on this kind of device"
+    elsewhere = _begun_elsewhere(q, asked, out, graph)
+    if elsewhere: print(f"seeds {elsewhere} were begun {'without' if graph else 'on'} a GPU, and stay there.")
+    return [s for s in asked if s not in elsewhere]
+
 # %% ../nbs/32_study.ipynb #d382a78d
 def study(
     question:str|Question, # A key of `QUESTIONS`
@@ -174,7 +188,8 @@ def study(
     minutes:float|None=None, # Stop after so long
     cache:Path|None=None, # Folder for the teacher's outputs, see `TeacherCache`
     seeds:tuple|None=None, # Only these of the question's seeds
-    progress:bool=True # Show progress
+    progress:bool=True, # Show progress
+    device=None # See `choose_device`; on a GPU steps are recorded
 ) -> Comparison:
     "Train what a question still needs"
     q = get_question(question); s, out = SETTINGS[q.setting], Path(out)
@@ -183,10 +198,13 @@ def study(
         raise InputError(f"question {q.key} has the seeds {q.seeds}, got {other}: a seed of another question is no "
                          "evidence.")
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
-    how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here')
-    return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), list(asked), s.recipe,
+    place = choose_device(device)
+    on_gpu = dict(graph=True, eval_batch=2000) if place.type == 'cuda' else {}
+    if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
+    how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here', device=str(place))
+    return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), here, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache,
-                   keep_student=[q.seeds[0]], progress=progress, **how, **s.options)
+                   keep_student=[q.seeds[0]], progress=progress, **how, **s.options, **on_gpu)
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(
@@ -200,7 +218,8 @@ def main(
     p.add_argument('--data', type=Path, help='folder of the data')
     p.add_argument('--teacher', type=Path, help="the teacher's weights")
     p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, one thread each (default: 1)')
-    add_fields(p, 'cache')
+    p.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help="only these of the question's seeds")
+    add_fields(p, 'cache', 'device')
     p.add_argument('--minutes', type=at_least(0, float), help='stop after so long; the same command goes on from there')
     p.add_argument('--show', action='store_true', help='train nothing, print what is on record')
     add_fields(p, 'out', required=True); p._actions[-1].help = 'folder of the study; made if missing'
@@ -211,7 +230,7 @@ def main(
 def _main(a):
     "Train, then print variants and answer"
     q = get_question(a.question)
-    result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache)
+    result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache, a.seeds, device=a.device)
     if result is None and not a.out.is_dir(): raise InputError(f"{a.out} is not a folder: expected one of a study.")
     print(f'\n{q.asks}\n{cost_text(q.cost(a.out))}\n')
     if not q.cost(a.out).done.sum(): return 0
