@@ -95,7 +95,7 @@ def compare(
     reference:str='alone', # The method that the others are compared with
     jobs:int=1, # Cells at a time
     threads:int|None=None, # CPU threads of a cell; the machine's cores over `jobs` by default
-    executor:str='process', # `'process'`, `'ray'` or `'here'`
+    executor:str='process', # `'process'`, `'ray'`, `'here'` or `'streams'`
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
     keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
@@ -125,7 +125,7 @@ def _check_call(data, executor, minutes):
     if world_size() > 1: raise InputError("a comparison starts processes of its own: call it without torchrun. "
                                           "One run in several processes is what run() and the command train do.")
     if minutes is not None and executor == 'ray':
-        raise InputError("minutes works with executor='process' or 'here': a cluster's workers are not stopped "
+        raise InputError("minutes works with executor='process', 'here' or 'streams': a cluster's workers are not stopped "
                          "half-way.")
     if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
     if isinstance(data, str): return

@@ -19,6 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientClip
 from .callback import DistillCallback, distillation
+from .gate import GATE
 
 # %% auto #0
 __all__ = ['CudaRecording', 'why_plain', 'CudaGraphStep']
@@ -408,6 +409,7 @@ def _memory(self:CudaGraphStep):
 @patch
 def step(self:CudaGraphStep):
     "One training step: plain, recorded or replayed"
+    GATE.wait()
     learn = self.learn
     plain = partial(Learner._do_one_batch, learn)
     if not len(learn.yb) or self.reason or not self.active: return plain()
@@ -478,7 +480,7 @@ def _record(self:CudaGraphStep, plain, key):
     learn.pred = learn.loss = learn.loss_grad = None
     tape = self.kind([kd.generator for kd in kds])
     try:
-        with self._from_memory(): tape.record(plain)
+        with GATE.alone(), self._from_memory(): tape.record(plain)
     except BaseException as e:
         learn.xb,learn.yb = batch
         self._undo(counted)

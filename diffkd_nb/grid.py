@@ -20,6 +20,7 @@ from .methods import parse_method
 from .run import run_setup
 from .setup import Job, Setup, Sources, teacher_name
 from .shared_teacher import grouped, run_together
+from .streams import check_streams, run_streams
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'Cell', 'grid_cells']
@@ -236,5 +237,18 @@ def _end(self:_Ray, ray, ref, out, failed):
     if error: failed[str(out)] = error
     for name in sorted(files, key=lambda n: n == 'manifest.json'): write_whole(Path(out)/name, files[name])
 
+# %% ../nbs/26_grid.ipynb #f4ed569d
+class _Streams:
+    "Runs cells in threads of this process, each on a CUDA stream of its own"
+    def __init__(self, jobs, share=False):
+        if share: raise InputError("share_teacher works with executor='process' or 'here', got 'streams'.")
+        self.jobs = jobs
+
+    def __call__(self, todo, tick, deadline=math.inf):
+        if not todo: return {}
+        sources = Sources(todo[0][1].weights)
+        for setup in {s.student: s for s,_ in todo}.values(): check_streams(setup.open(sources))
+        return run_streams(todo, self.jobs, tick, deadline)
+
 # %% ../nbs/26_grid.ipynb #267ce668
-EXECUTORS = {'process': _Processes, 'ray': _Ray, 'here': _Here} # How `compare` runs its cells
+EXECUTORS = {'process': _Processes, 'ray': _Ray, 'here': _Here, 'streams': _Streams} # How `compare` runs its cells

@@ -19,7 +19,7 @@ from .setup import Sources
 from .taps import Capture
 
 # %% auto #0
-__all__ = ['SharedTeacher', 'StudentsShare', 'Stopped', 'Turns', 'run_together', 'check_shared', 'grouped']
+__all__ = ['SharedTeacher', 'StudentsShare', 'Stopped', 'Turns', 'said', 'run_together', 'check_shared', 'grouped']
 
 # %% ../nbs/24a_shared_teacher.ipynb #47745afe
 class SharedTeacher:
@@ -126,7 +126,9 @@ class _Turn(Callback):
         return dict(shared_teacher=dict(methods=self.methods, forwards=self.share.forwards))
 
 # %% ../nbs/24a_shared_teacher.ipynb #b3efa049
-def _said(e):
+def said(
+    e:BaseException # What a run ended with
+) -> str:
     "An error in one line; what is no mistake of the user is shown with its traceback, what is no error is raised"
     if isinstance(e, InputError): return f'InputError: {e}'
     if not isinstance(e, Exception): raise e
@@ -172,7 +174,7 @@ def run_together(
         finally: turns.leave(who)
     _all_at_once([threading.Thread(target=work, args=(i, *c), daemon=True) for i,c in enumerate(cells)], turns)
     set_rng_state(was)
-    return {out: _said(e) for out,e in errors.items() if not isinstance(e, Stopped)}
+    return {out: said(e) for out,e in errors.items() if not isinstance(e, Stopped)}
 
 # %% ../nbs/24a_shared_teacher.ipynb #a5cd8f5f
 def check_shared(

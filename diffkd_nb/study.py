@@ -201,7 +201,8 @@ def study(
     place = choose_device(device)
     on_gpu = dict(graph=True, eval_batch=2000) if place.type == 'cuda' else {}
     if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
-    how = dict(jobs=jobs, executor='process' if jobs > 1 or minutes else 'here', device=str(place))
+    executor = 'streams' if on_gpu else 'process' if jobs > 1 or minutes else 'here'
+    how = dict(jobs=jobs, executor=executor, device=str(place))
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), here, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache,
                    keep_student=[q.seeds[0]], progress=progress, **how, **s.options, **on_gpu)

@@ -533,7 +533,7 @@ class Pins(nn.Module):
 
 @pytest.mark.cuda
 def test_memory_pinned_by_another_thread_does_not_break_a_capture():
-    learn = fit(learner('kd', loss=Pins(), device='cuda', **SHORT), 1)
+    learn = fit(learner('kd', loss=Pins(), output='classes', device='cuda', **SHORT), 1)
     assert step_of(learn).reason is None and step_of(learn).recorded == 1
 
 
