@@ -121,20 +121,20 @@ P
 }
 do_study() { # the study's first question: does the denoiser add anything, alone and on top of KD
   [ -n "${DATA:-}" ] && [ -n "${TEACHER:-}" ] || { echo "skipped  study: set DATA to cifar100:FOLDER and TEACHER to NAME@FILE"; return 0; }
-  local size=(12 128 8 4) methods=(alone kd diffkd diffkd:denoiser=identity kd+diffkd:taps=feature 'kd+diffkd:taps=feature,denoiser=identity')
-  [ -z "$rehearse" ] || { size=(1 16 2 1); methods=(alone kd diffkd); }
+  if [ -z "$rehearse" ]; then
+    queue 480 720 study "$python" -m diffkd_nb.study 1 --data "${DATA#*:}" --teacher "${TEACHER#*@}" --device "$device" --jobs 12 --minutes MINUTES --out "$results/study/1"
+    return
+  fi
   queue 480 720 study "$python" -c '
 import sys
 from diffkd_nb.experiment import compare
 from diffkd_nb.recipes import get_recipe
-data, teacher, student, out, minutes, device, epochs, batch, seeds, jobs, *methods = sys.argv[1:]
-recipe = get_recipe("small").scaled(int(epochs)).replace(batch_size=int(batch), lr=.1)
-gpu = dict(amp="bf16", graph=True, eval_batch=2000) if device.startswith("cuda") else {}
-c = compare([(teacher, student)], methods, int(seeds), recipe, data, out, jobs=int(jobs), minutes=float(minutes), progress=False,
-            device=device, channels_last=True, keep_student=False, **gpu)
-print(c.markdown() if c.manifests else "")
+data, teacher, student, out, minutes, device = sys.argv[1:]
+gpu = dict(precision="bf16", graph=True, eval_batch=2000, executor="streams") if device.startswith("cuda") else {}
+c = compare([(teacher, student)], ["alone", "kd", "diffkd"], 2, get_recipe("small").scaled(1).replace(batch_size=16, lr=.1), data, out, minutes=float(minutes),
+            progress=False, device=device, keep_student=False, **gpu)
 print(len(c.manifests), "of", len(c.grid["cells"]), "runs are finished")
-sys.exit(bool(c.failed))' "$DATA" "$TEACHER" "${STUDENT:-resnet8_s}" "$results/study" MINUTES "$device" "${size[@]}" "${methods[@]}"
+sys.exit(bool(c.failed))' "$DATA" "$TEACHER" "${STUDENT:-resnet8_s}" "$results/study" MINUTES "$device"
 }
 do_imagenette() { # table 2 in small
   [ -n "${IMAGENETTE:-}" ] && [ -n "${IMAGENETTE_TEACHER:-}" ] || { echo "skipped  imagenette: set IMAGENETTE to 'folder:FOLDER?size=128' and IMAGENETTE_TEACHER to NAME@FILE"; return 0; }

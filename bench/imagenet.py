@@ -39,7 +39,7 @@ def learner(teacher, student, method, data, a, fast):
     torch.manual_seed(0)
     recipe, cuda = get_recipe('B1'), a.device.startswith('cuda')
     layout = dict(memory_format=torch.channels_last) if fast else {}
-    clock, (t, s) = Clock(a.device), (make_model(NAMES.get(n, n), 1000, 3, a.size).to(a.device, **layout) for n in (teacher, student))
+    clock, (t, s) = Clock(a), (make_model(NAMES.get(n, n), 1000, 3, a.size).to(a.device, **layout) for n in (teacher, student))
     graph = [CudaGraphStep(verbose=False)] if fast and cuda and not a.plain else []
     cbs = [clock, *([DistillCallback(t, method, verbose=False, compile=fast and a.compile, inputs=torch.zeros(2, 3, a.size, a.size))] if method != 'alone' else []), *graph]
     learn = Learner(array_dls(data, a.batch, (), device=a.device), s, lr=1e-4, loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), cbs=cbs)
@@ -138,6 +138,7 @@ def main():
     p.add_argument('--compile', action='store_true', help='compile the distiller of our side')
     p.add_argument('--plain', action='store_true', help='do not record steps'); p.add_argument('--out', type=Path)
     a = p.parse_args()
+    a.warm, a.clock = WARM, 'wall'
     a.steps = a.steps or (30 if a.device.startswith('cuda') else 2)
     warnings.filterwarnings('ignore'); torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = a.precision == 'tf32'

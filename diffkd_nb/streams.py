@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/streams.html.md"""
 
 # %% ../nbs/24b_streams.ipynb #01015f4e
 from __future__ import annotations
-import threading, time, traceback
+import os, threading, time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
@@ -83,6 +83,7 @@ def run_streams(
     deadline:float=float('inf') # `time.monotonic()` at which all are stopped; unfinished runs keep their last checkpoint
 ) -> dict: # Folder to the error of a run that cannot be
     "Train runs in threads of this process, each on a stream of its own"
+    os.environ.setdefault('CUDA_DEVICE_MAX_CONNECTIONS', '32')      # 8 by default; read when CUDA begins
     waiting, errors, lock, stopped = deque(cells), {}, threading.Lock(), threading.Event()
     def work():
         torch.get_num_threads()     # a new thread learns the number here
