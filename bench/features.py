@@ -1,0 +1,73 @@
+"""Is a student's feature a noisy teacher feature? The numbers of question 5 of the study, in part.
+
+    python bench/features.py --data cifar100:FOLDER --teacher resnet32_s@FILE --student resnet8_s@FILE [--study results/study/1] [--out results/bench/features.json]
+
+One row per model: class signal to noise and entropy of the spectrum of the last feature map's mean over positions, linear CKA with the
+teacher's; the share of the teacher's variance that the best linear map from the model's channels leaves, position by position, and the entropy
+of that residual. Noisy copies of the teacher's map stand beside them.
+"""
+import argparse, json
+from pathlib import Path
+import torch
+from diffkd_nb.data import open_data, write_whole
+from diffkd_nb.diffusion import NoiseSchedule
+from diffkd_nb.experiment import code_version, environment
+from diffkd_nb.feature_measures import class_signal, linear_cka, linear_residual, spectrum_entropy
+from diffkd_nb.models import make_model
+from diffkd_nb.taps import Capture
+from diffkd_nb.weights import load_weights, trained_model
+
+SAMPLES = 60_000 # Positions of the linear map, half of them to judge it
+NOISE = .9, .5, .1 # Alpha-bar
+
+
+@torch.no_grad()
+def maps(model, data, place, batch=500):
+    "The last feature map of all test pictures (N, C, H, W)"
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.stats)
+    found, model = [], model.eval()
+    for x in data.xv.split(batch):
+        with Capture(model, {'feature': place}) as c: model((x.float()/255 - mean)/std); found.append(c.maps()['feature'])
+    return torch.cat(found)
+
+
+def row(name, f, teacher, y, chosen):
+    "All measures of a map"
+    flat = lambda m: m.movedim(1, -1).flatten(0, 2)[chosen]
+    pooled, goal = f.mean((2, 3)), teacher.mean((2, 3))
+    share, left = linear_residual(flat(f), flat(teacher))
+    return {'model': name, 'class signal': class_signal(pooled, y), 'entropy': spectrum_entropy(pooled), 'CKA': linear_cka(pooled, goal),
+            'left': share, 'entropy of what is left': spectrum_entropy(left) if share > 1e-6 else None}
+
+
+def noisy(f, alpha_bar, g):
+    "The map with white noise at a share of its variance"
+    scale = f.var((0, 2, 3)).mean().sqrt()
+    return alpha_bar**.5*f + (1 - alpha_bar)**.5*scale*torch.randn(f.shape, generator=g)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', required=True); p.add_argument('--teacher', required=True); p.add_argument('--student', required=True)
+    p.add_argument('--study', type=Path, default=Path('results/study/1')); p.add_argument('--place', default='layer3'); p.add_argument('--out', type=Path)
+    a = p.parse_args()
+    data, g = open_data(a.data), torch.Generator().manual_seed(0)
+    model = lambda spec: trained_model(spec, data.classes, data.channels, data.size)
+    teacher = maps(model(a.teacher), data, a.place)
+    chosen = torch.randperm(teacher[:, 0].numel(), generator=g)[:SAMPLES]
+    rows = []
+    def add(name, f):
+        rows.append(row(name, f, teacher, data.yv, chosen))
+        print({k: v if isinstance(v, str) or v is None else round(v, 3) for k,v in rows[-1].items()}, flush=True)
+        if a.out: write_whole(a.out, json.dumps(dict(bench='features', data=data.name, teacher=a.teacher.partition('@')[0], samples=SAMPLES, rows=rows, code=code_version(), environment=environment('cpu')), indent=1))
+    add('teacher', teacher)
+    for n in NOISE: add(f'teacher, alpha-bar {n}', noisy(teacher, n, g))
+    name = a.student.partition('@')[0]
+    add('student, long training', maps(model(a.student), data, a.place))
+    torch.manual_seed(0); add('student, untrained', maps(make_model(name, len(data.classes)), data, a.place))
+    for f in sorted(a.study.rglob('student.safetensors')):
+        s = make_model(name, len(data.classes)); load_weights(s, f)
+        add(json.loads((f.parent/'manifest.json').read_text())['settings']['method'], maps(s, data, a.place))
+
+
+if __name__ == '__main__': main()
