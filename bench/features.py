@@ -10,11 +10,9 @@ import argparse, json
 from pathlib import Path
 import torch
 from diffkd_nb.data import open_data, write_whole
-from diffkd_nb.diffusion import NoiseSchedule
 from diffkd_nb.experiment import code_version, environment
 from diffkd_nb.feature_measures import class_signal, linear_cka, linear_residual, spectrum_entropy
 from diffkd_nb.models import make_model
-from diffkd_nb.taps import Capture
 from diffkd_nb.weights import load_weights, trained_model
 
 SAMPLES = 60_000 # Positions of the linear map, half of them to judge it
@@ -26,8 +24,9 @@ def maps(model, data, place, batch=500):
     "The last feature map of all test pictures (N, C, H, W)"
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.stats)
     found, model = [], model.eval()
-    for x in data.xv.split(batch):
-        with Capture(model, {'feature': place}) as c: model((x.float()/255 - mean)/std); found.append(c.maps()['feature'])
+    hook = model.get_submodule(place).register_forward_hook(lambda m, x, y: found.append(y))
+    for x in data.xv.split(batch): model((x.float()/255 - mean)/std)
+    hook.remove()
     return torch.cat(found)
 
 
@@ -55,19 +54,21 @@ def main():
     model = lambda spec: trained_model(spec, data.classes, data.channels, data.size)
     teacher = maps(model(a.teacher), data, a.place)
     chosen = torch.randperm(teacher[:, 0].numel(), generator=g)[:SAMPLES]
-    rows = []
-    def add(name, f):
-        rows.append(row(name, f, teacher, data.yv, chosen))
+    rows = json.loads(a.out.read_text())['rows'] if a.out and a.out.is_file() else []       # a second call goes on
+    def add(name, get):
+        if name in {r['model'] for r in rows}: return
+        rows.append(row(name, get(), teacher, data.yv, chosen))
         print({k: v if isinstance(v, str) or v is None else round(v, 3) for k,v in rows[-1].items()}, flush=True)
         if a.out: write_whole(a.out, json.dumps(dict(bench='features', data=data.name, teacher=a.teacher.partition('@')[0], samples=SAMPLES, rows=rows, code=code_version(), environment=environment('cpu')), indent=1))
-    add('teacher', teacher)
-    for n in NOISE: add(f'teacher, alpha-bar {n}', noisy(teacher, n, g))
+    add('teacher', lambda: teacher)
+    for i,n in enumerate(NOISE): add(f'teacher, alpha-bar {n}', lambda: noisy(teacher, n, torch.Generator().manual_seed(1 + i)))
     name = a.student.partition('@')[0]
-    add('student, long training', maps(model(a.student), data, a.place))
-    torch.manual_seed(0); add('student, untrained', maps(make_model(name, len(data.classes)), data, a.place))
+    add('student, long training', lambda: maps(model(a.student), data, a.place))
+    torch.manual_seed(0); new = make_model(name, len(data.classes))
+    add('student, untrained', lambda: maps(new, data, a.place))
     for f in sorted(a.study.rglob('student.safetensors')):
         s = make_model(name, len(data.classes)); load_weights(s, f)
-        add(json.loads((f.parent/'manifest.json').read_text())['settings']['method'], maps(s, data, a.place))
+        add(json.loads((f.parent/'manifest.json').read_text())['settings']['method'], lambda: maps(s, data, a.place))
 
 
 if __name__ == '__main__': main()
