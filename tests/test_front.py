@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88
-PAGES = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.stem == 'index' or re.match('4[0-9]_', p.stem))
+PAGES = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.stem == 'index' or re.match('4[0-9][a-z]?_', p.stem))
 
 
 def cells(page): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(page.read_text())['cells']]
@@ -52,3 +52,12 @@ def test_the_reference_lists_every_notebook():
     text = '\n'.join(t for _, t in cells(ROOT/'nbs'/'49_reference.ipynb'))
     missing = [p.name for p in sorted((ROOT/'nbs').glob('*.ipynb')) if f']({p.name})' not in text and p.stem not in ('index', '49_reference', '29a_experiment')]
     assert not missing, missing
+
+
+def test_the_package_shadows_no_name_of_fastai():
+    "Both are imported with a star; `run` alone is ours and fastcore's"
+    import fastai.tabular.all, fastai.text.all, fastai.vision.all
+    import diffkd_nb.all as ours
+    libraries = fastai.vision.all, fastai.text.all, fastai.tabular.all
+    shadowed = {n for n in vars(ours) if not n.startswith('_') for lib in libraries if getattr(lib, n, vars(ours)[n]) is not vars(ours)[n]}
+    assert shadowed == {'run'}
