@@ -42,7 +42,7 @@ def _check_finished(runs, sources):
         old = json.loads((job.out/'manifest.json').read_text())['settings']
         if not (other := setup.open(sources).differs(old)): continue
         raise InputError(f"{job.out} holds a run of other settings ({other}): name another folder for this comparison, "
-                         "or delete it.")
+                         "or delete it. [help: other-settings]")
 
 # %% ../nbs/27_comparison.ipynb #453f7a73
 class _Shifted(nn.Module):

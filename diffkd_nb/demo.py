@@ -106,7 +106,7 @@ def open_folder(
         old = json.loads(f.read_text())
         other = [f'{k}: {old.get(k)!r} there, {v!r} now' for k,v in settings.items() if old.get(k) != v]
         if other: raise InputError(f"{a.out} holds runs of other settings ({'; '.join(other[:3])}): "
-                                   "name another folder with --out, or delete it.")
+                                   "name another folder with --out, or delete it. [help: other-settings]")
     elif a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise InputError(f"{a.out} exists and holds something else: name another folder with --out.")
     else: write_whole(f, json.dumps(settings, indent=1))

@@ -42,6 +42,17 @@ def test_every_quoted_error_is_one_of_the_package():
     assert not missing, missing
 
 
+def test_the_short_name_of_every_refusal_has_its_section():
+    "What `[help: name]` at the end of an error promises, and the other way round"
+    page = '\n'.join(t for k, t in cells(ROOT/'nbs'/'48_troubleshooting.ipynb') if k == 'markdown')
+    sections = dict(re.findall(r'^##+ .+ \{#([a-z-]+)\}$((?:\n(?!#).*)*)', page, re.M))
+    messages = [m for m in texts() if '[help: ' in m]
+    names = {n for m in messages for n in re.findall(r'\[help: ([^\]]*)\]', m)}
+    assert names == set(sections) and len(names) > 15, names ^ set(sections)
+    unnamed = [name for name, text in sections.items() if '**Error.**' not in text]
+    assert not unnamed, unnamed
+
+
 def test_the_front_page_counts_the_methods():
     from diffkd_nb.methods import METHODS
     said = re.findall(r'\*\*(\d+) methods\*\*', '\n'.join(t for _, t in cells(ROOT/'nbs'/'index.ipynb')))
