@@ -16,7 +16,7 @@ from .losses import PixelCrossEntropy
 from .outputs import ignored_by
 from .rng import same_rng
 from .segmentation_data import VOID, open_segmentation, _LAYOUTS
-from .segmentation_models import ToSize, Scores, segmentation_model
+from .segmentation_models import Scores, ToSize, encoder_file, segmentation_model
 from .task import Task
 from .taps import main_tensor
 from .weights import load_weights, read_weights
@@ -101,6 +101,7 @@ class Segmentation(Task):
     name,metric,scale,unit,output,figure = 'segmentation','miou',100.,'percent','classes','mIoU val'
     kinds = tuple(_LAYOUTS)
     def open(self, spec, download=False): return open_segmentation(spec)
+    def starts_from(self, name): return encoder_file(name)
     def loss(self, recipe): return PixelCrossEntropy(VOID, label_smoothing=recipe.label_smoothing)
 
     def model(self, name, data, drop_path=0.):

@@ -18,7 +18,8 @@ from .models import MODELS, MobileNetV1, check_trusted
 from .weights import read_weights
 
 # %% auto #0
-__all__ = ['ToSize', 'Pyramid', 'SmallEncoder', 'MobileEncoder', 'TimmEncoder', 'load_encoder', 'Scores', 'segmentation_model']
+__all__ = ['ToSize', 'Pyramid', 'SmallEncoder', 'MobileEncoder', 'TimmEncoder', 'load_encoder', 'Scores', 'segmentation_model',
+           'encoder_file']
 
 # %% ../nbs/15a_segmentation_models.ipynb #589c475b
 class ToSize(nn.Module):
@@ -223,3 +224,13 @@ def segmentation_model(
         raise InputError(f"there is no segmentation network named {name!r}: expected "
                          "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or pyramid:ENCODER.")
     return _MAKERS[kind](name, rest, n_classes, size)
+
+# %% ../nbs/15a_segmentation_models.ipynb #57e8a0fc
+def encoder_file(
+    name:str # As for `segmentation_model`
+) -> Path|None:
+    "The file that `weights=FILE` names, None where there is none"
+    kind, _, rest = str(name).partition(':')
+    if kind not in ('smp', 'pyramid'): return None
+    file = next((v for k,_,v in (part.partition('=') for part in rest.partition('?')[2].split('&')) if k == 'weights'), None)
+    return None if file in (None, 'imagenet') else Path(file)

@@ -170,3 +170,23 @@ def test_numbers_that_do_not_fit_are_one_error(data, teacher, tmp_path):
     with pytest.raises(InputError, match='does not fit the model.*head'): run(RECIPE, two, teacher, STUDENT, KD, 0, tmp_path/'c', progress=False)
     with pytest.raises(InputError, match='the class 4, and the model gives 3'): confusion(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 4))
     assert task_of(dict(task='segmentation')).metric == 'miou'
+
+
+def test_the_file_an_encoder_starts_from_is_on_record(data, tmp_path):
+    "By its hash: the same path with other weights is another run"
+    from diffkd_nb.files import file_hash
+    from diffkd_nb.weights import save_weights
+    first = tmp_path/'first.safetensors'
+    def write(seed):
+        with seeded(seed): save_weights(segmentation_model('pyramid:small:2?width=8', 3).encoder, first)
+        return file_hash(first)
+    name, recipe = f'pyramid:small:2?width=8&weights={first}', RECIPE.replace(epochs=1)
+    was = write(1)
+    m = run(recipe, data, None, name, 'alone', 0, tmp_path/'o', progress=False)
+    assert m['settings']['student_weights'] == was and verify(tmp_path/'o', data=data)
+    assert 'student_weights' not in run(recipe, data, None, 'pyramid:small:2?width=8', 'alone', 0, tmp_path/'p', progress=False)['settings']
+    now = write(2)
+    with pytest.raises(InputError, match=f"student_weights: '{was}' there, '{now}' now"): run(recipe, data, None, name, 'alone', 0, tmp_path/'o', progress=False)
+    first.unlink()
+    assert verify(tmp_path/'o', data=data)      # the student is stored, the file is not needed
+    with pytest.raises(InputError, match='first.safetensors'): run(recipe, data, None, name, 'alone', 0, tmp_path/'q', progress=False)
