@@ -190,3 +190,21 @@ def test_the_file_an_encoder_starts_from_is_on_record(data, tmp_path):
     first.unlink()
     assert verify(tmp_path/'o', data=data)      # the student is stored, the file is not needed
     with pytest.raises(InputError, match='first.safetensors'): run(recipe, data, None, name, 'alone', 0, tmp_path/'q', progress=False)
+
+
+@pytest.mark.slow
+def test_the_table_of_methods_says_which_do_segmentation(data, teacher):
+    "What `which_method` names trains with those taps; a dash is refused"
+    from diffkd_nb.methods import METHODS, which_method
+    model, dls = task_of({'task': 'segmentation'}).teacher(teacher, open_data(data)), open_data(data).dls(6, (), 0)
+    said, found = which_method().segmentation, {}
+    for m in METHODS:
+        cb = DistillCallback(None if METHODS[m].teacherless else model, m, verbose=False)
+        learn = Learner(dls, segmentation_model(STUDENT, 3), loss_func=PixelCrossEntropy(VOID), cbs=cb)
+        try:
+            with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        except ValueError as e: found[m] = '-'; continue
+        places = ['class map' if t.form == 'dense' else t.kind for t in cb.plan]
+        found[m] = 'stages' if len(places) > 2 and set(places) == {'feature'} else ', '.join(places)
+    differ = {m: (said[m], found[m]) for m in METHODS if said[m] != found[m]}
+    assert not differ, differ
