@@ -41,7 +41,9 @@ SETTINGS = { # Settings by name
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16'), 15., 'size=180x240&valid=test')}
 SETTINGS['S2 held out'] = replace(SETTINGS['S2'], name='S2 held out', query='holdout=500')
-SETTINGS['S3'].options['keep_distiller'] = True # For the pictures of class maps before and after denoising
+
+# %% ../nbs/32_study.ipynb #0993cce8
+SETTINGS['S3'].options['keep_distiller'] = True
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
