@@ -15,9 +15,10 @@ import fastai.callback.progress
 from diffkd_nb.callback import DistillCallback
 from diffkd_nb.distiller import toy_tap
 from diffkd_nb.experiment import code_version, environment
-from diffkd_nb.files import write_whole
+from diffkd_nb.files import InputError, write_whole
 from diffkd_nb.losses import PixelCrossEntropy
 from diffkd_nb.methods import Method
+from diffkd_nb.segmentation_models import segmentation_model
 from methods import Clock
 
 METHODS = ['alone', 'kd', 'cwd', 'dist', 'diffkd', 'diffkd:dense_form=pointwise', 'diffkd:denoiser=identity']
@@ -40,9 +41,9 @@ def main():
     p.add_argument('--steps', type=int, default=3); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int, default=1)
     p.add_argument('--methods', nargs='+', default=METHODS); p.add_argument('--note', default='', help='what else ran on the machine'); p.add_argument('--out', type=Path)
     a = p.parse_args()
-    import segmentation_models_pytorch as smp
     torch.set_num_threads(a.threads); torch.manual_seed(0)
-    net = lambda name: smp.DeepLabV3(name, encoder_weights=None, encoder_output_stride=8, classes=a.classes)
+    try: net = lambda name: segmentation_model(f'smp:DeepLabV3?encoder={name}&output_stride=8', a.classes); net(a.student)
+    except InputError as e: p.error(str(e))
     n, size = a.batch*(a.steps + 1), (a.height, a.width)
     data = list(zip(torch.randn(n, 3, *size), torch.randint(0, a.classes, (n, *size))))
     dls = DataLoaders.from_dsets(data, data[:a.batch], bs=a.batch, device='cpu', num_workers=0)

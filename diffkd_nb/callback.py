@@ -387,7 +387,7 @@ def _check_others(self:DistillCallback):
     self.trainer = next((c for c in self.learn.cbs if type(c).__name__ == 'DistributedTrainer'), None)
     if isinstance(self.learn.model, nn.DataParallel) and len(getattr(self.learn.model, 'device_ids', ())) > 1:
         raise ValueError("nn.DataParallel trains on copies of the student, whose features cannot be seen: train on one device, "
-                         "or with DistributedDataParallel (learn.distrib_ctx).")
+                         "or with DistributedDataParallel (learn.distrib_ctx). [help: data-parallel]")
     self._check_method(self.distiller or declared(self.method))
 
 @patch
@@ -396,10 +396,10 @@ def _check_method(self:DistillCallback, d):
     mixed = [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]
     if mixed and d is not None and d.hard_labels:
         raise ValueError(f"{self._name()} uses the class of each sample, and {mixed[0]} mixes samples of two classes: "
-                         "leave one of them out, or use 'kd' or 'dist'.")
+                         "leave one of them out, or use 'kd' or 'dist'. [help: mixed-targets]")
     if mixed and 'index' in self.method.needs:
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and {mixed[0]} mixes two of them: "
-                         "leave one of them out, or use 'kd' or 'dist'.")
+                         "leave one of them out, or use 'kd' or 'dist'. [help: mixed-targets]")
     if mixed and getattr(self.cache, 'by_view', self.cache is not None):
         raise ValueError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: "
                          f"leave out the cache or {mixed[0]}.")
@@ -527,7 +527,7 @@ def after_pred(self:DistillCallback):
     if not (self.attached and self.training) or len(self.yb): return
     if self.task_weight:
         raise ValueError("the training batch has no labels, so there is no loss of the task to add to: use task_weight=0 to "
-                         "distil without labels.")
+                         "distil without labels. [help: no-labels]")
     n = len(tensors_of(list(self.xb))[0])
     self.lent_loss = self.learn.loss_func
     self.learn.loss_func = lambda pred, *y: 0*tensors_of([pred])[0].float().sum()
@@ -558,7 +558,7 @@ def _places(self:DistillCallback):
     index, x = None if self.index is None else self.index(), tensors_of(list(self.xb))[0]
     if index is not None and len(index) == len(x): return index.to(x.device)
     raise ValueError("this method must know which samples are in a batch, and the batch at hand did not tell: add the callback "
-                     "before the epoch begins, and do not change the batch's samples.")
+                     "before the epoch begins, and do not change the batch's samples. [help: which-samples]")
 
 # %% ../nbs/09_callback.ipynb #2386d6e7
 @patch
@@ -616,7 +616,7 @@ _NO_TEACHER = 'this copy of a Learner has no teacher'
 
 def _tell(reason):
     "What a Learner without its teacher says"
-    return f'{reason}, and it trains without distillation: add a DiffKDCallback(teacher) to distil.'
+    return f'{reason}, and it trains without distillation: add a DiffKDCallback(teacher) to distil. [help: no-teacher]'
 
 class TeacherlessCallback(Callback):
     "What a copy of a Learner holds in place of a `DistillCallback`: copies do not carry the teacher"

@@ -168,9 +168,13 @@ def guarded(
 # %% ../nbs/30_commands.ipynb #0a44f63e
 def methods_text() -> str:
     "What each method needs, where it looks, what it adds and when to use it"
-    rows = [f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}\n{'':10}{r.use}"
+    rows = [f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}\n{'':10}{_in_dense(r)}{r.use}"
             for n,r in which_method().iterrows()]
     return '\n'.join(map(str.rstrip, '\n'.join(rows).splitlines()))
+
+def _in_dense(row):
+    "Where a method looks in segmentation, if elsewhere"
+    return '' if row.segmentation == row.taps else f'Segmentation: {row.segmentation}. ' if row.segmentation != '-' else 'Not for segmentation. '
 
 class _Tell(argparse.Action):
     "Prints the methods and ends the command, whatever else was given"

@@ -42,7 +42,7 @@ def _check_finished(runs, sources):
         old = json.loads((job.out/'manifest.json').read_text())['settings']
         if not (other := setup.open(sources).differs(old)): continue
         raise InputError(f"{job.out} holds a run of other settings ({other}): name another folder for this comparison, "
-                         "or delete it.")
+                         "or delete it. [help: other-settings]")
 
 # %% ../nbs/27_comparison.ipynb #453f7a73
 class _Shifted(nn.Module):
@@ -323,13 +323,20 @@ def _remarks(self:Comparison):
 # %% ../nbs/27_comparison.ipynb #62fa4325
 @patch
 def markdown(self:Comparison,
-    reference:str|None=None # Method to compare with; that of the grid by default
+    reference:str|None=None, # Method to compare with; that of the grid by default
+    cost:bool=True # Whether to show time and memory of a step
 ) -> str: # A table per pair
     "The table as Markdown"
     ref, metric, out = self._reference(reference), self.task.metric, []
     for (student,teacher),g in self.table(reference).groupby(['student', 'teacher'], sort=False):
-        out += [self._title(student, teacher, ref), '', *_head(metric), *[_line(r, metric) for _,r in g.iterrows()], '']
+        lines = [*_head(metric), *[_line(r, metric) for _,r in g.iterrows()]]
+        out += [self._title(student, teacher, ref), '', *(lines if cost else map(_without_cost, lines)), '']
     return '\n'.join([*out, *self._remarks()])
+
+def _without_cost(line):
+    "A row of the table without time and memory"
+    cells = line.split('|')
+    return '|'.join(cells[:11] + cells[13:])
 
 @patch
 def _repr_markdown_(self:Comparison): return self.markdown()

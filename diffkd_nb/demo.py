@@ -19,7 +19,7 @@ from .comparison import Comparison, compare
 from .data import ImageArrays, data_spec, open_data, share_data
 from .files import InputError, write_whole
 from .methods import METHODS
-from .plots import denoised_maps, plot_maps, plot_training
+from .plots import agreement_text, denoised_maps, map_agreement, plot_maps, plot_training
 from .recipes import Recipe, get_recipe
 from .run import run, stored_learner
 from .setup import Setup
@@ -27,7 +27,7 @@ from .task import Classification
 
 # %% auto #0
 __all__ = ['parser', 'demo_data', 'open_folder', 'demo_recipe', 'teacher_options', 'check_demo', 'train_teacher',
-           'train_students', 'draw_maps', 'draw_training', 'all_verdicts', 'short_table', 'demo', 'main']
+           'train_students', 'maps_of', 'draw_maps', 'draw_training', 'all_verdicts', 'short_table', 'demo', 'main']
 
 # %% ../nbs/31_demo.ipynb #0865c5ab
 def _share(s):
@@ -106,7 +106,7 @@ def open_folder(
         old = json.loads(f.read_text())
         other = [f'{k}: {old.get(k)!r} there, {v!r} now' for k,v in settings.items() if old.get(k) != v]
         if other: raise InputError(f"{a.out} holds runs of other settings ({'; '.join(other[:3])}): "
-                                   "name another folder with --out, or delete it.")
+                                   "name another folder with --out, or delete it. [help: other-settings]")
     elif a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise InputError(f"{a.out} exists and holds something else: name another folder with --out.")
     else: write_whole(f, json.dumps(settings, indent=1))
@@ -166,16 +166,23 @@ def _save_figure(path):
     plt.savefig(f, format='png', dpi=110); plt.close()
     write_whole(path, f.getvalue())
 
-def draw_maps(
+def maps_of(
     folder:Path, # A run of DiffKD with its distiller
     teacher:str, # Description of the teacher
     data:ImageArrays # The student's images
-): # The axes
-    "Maps of the first validation image of each of six classes"
+) -> tuple: # Validation images, their maps; the first image of each of six classes comes first
+    "Maps of all validation images"
     learn = stored_learner(folder, teacher, data)
-    shown = [int((data.yv == c).nonzero()[0, 0]) for c in data.yv.unique()[:6]]
-    x = data.example(data.n_valid)[0][shown]
-    return plot_maps(data.xv[shown], denoised_maps(learn, x.as_subclass(Tensor)))
+    first = [int((data.yv == c).nonzero()[0, 0]) for c in data.yv.unique()[:6]]
+    order = first + [i for i in range(data.n_valid) if i not in first]
+    return data.xv[order], denoised_maps(learn, data.example(data.n_valid)[0][order].as_subclass(Tensor))
+
+def draw_maps(
+    images:Tensor, # Validation images, from `maps_of`
+    maps:dict # Their maps
+): # The axes
+    "Maps of the first six images"
+    return plot_maps(images[:6], maps)
 
 # %% ../nbs/31_demo.ipynb #dd732220
 def draw_training(
@@ -222,11 +229,13 @@ def _report(a, result, teacher, data):
     "Draw and tell"
     logs = [result.folder/f/'log.csv' for f in result.manifests if f.split('/')[1] == 'diffkd']
     if logs:
-        draw_maps(logs[0].parent, teacher, data); _save_figure(a.out/'maps.png')
+        images, maps = maps_of(logs[0].parent, teacher, data)
+        draw_maps(images, maps); _save_figure(a.out/'maps.png')
         draw_training(logs); _save_figure(a.out/'training.png')
+    seen = f"\n\n{agreement_text(map_agreement(maps))} The maps are in maps.png." if logs else ''
     verdicts = '\n'.join(all_verdicts(result, a.methods))
     print(f'\n\nAccuracy in percent on the validation images, last epoch; {a.student} learning from {a.teacher}:\n\n'
-          f'{short_table(result).reset_index().to_string(index=False)}\n\n{verdicts}\n\n'
+          f'{short_table(result).reset_index().to_string(index=False)}\n\n{verdicts}{seen}\n\n'
           f'Runs, table and pictures: {a.out.resolve()}\nTo check them: diffkd_verify {a.out}{" --trust" if a.data else ""}')
 
 # %% ../nbs/31_demo.ipynb #25e80764

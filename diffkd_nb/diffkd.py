@@ -251,7 +251,8 @@ def forward(self:DiffKD,
     if self.training and student.shape[0] < 2 and self.kind != 'dense':
         raise ValueError("DiffKD normalises over the batch and needs at least 2 samples per training step, "
                          "got a batch of 1. "
-                         "Use a larger batch, and drop_last=True if only the last batch is that small.")
+                         "Use a larger batch, and drop_last=True if only the last batch is that small. "
+                         "[help: batch-of-one]")
     given = self._complete((noise, diffusion_noise, timesteps), student, teacher, draws)
     z, gamma, target, reconstruction = self.read(student, teacher)
     x, diffusion = self.begin(z, gamma, given[0]), z.new_zeros((), dtype=torch.float32)

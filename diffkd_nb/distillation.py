@@ -472,7 +472,8 @@ def check_finite(self:Distillation):
     "`ValueError` if the teacher gave a value that is not finite; on a GPU this waits for it"
     if not self.tally.finite:
         raise ValueError("the teacher gave a value that is not finite (NaN or infinity) during training: check its "
-                         "weights, the normalisation of the input, and whether it overflows in half precision.")
+                         "weights, the normalisation of the input, and whether it overflows in half precision. "
+                         "[help: not-finite]")
 
 # %% ../nbs/08_distillation.ipynb #f4cb897f
 @patch

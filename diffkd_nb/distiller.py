@@ -245,7 +245,7 @@ def check_batch(self:Distiller,
     "`ValueError` for a training batch of one, for methods that normalise over the batch"
     if self.training and len(x) < 2:
         raise ValueError(f"{type(self).__name__} normalises over the batch and needs at least 2 samples per training "
-                         "step, got a batch of 1. Use a larger batch, or drop_last=True.")
+                         "step, got a batch of 1. Use a larger batch, or drop_last=True. [help: batch-of-one]")
 
 # %% ../nbs/04a_distiller.ipynb #42d92779
 @patch

@@ -63,7 +63,8 @@ def only_one(
     lock = FileLock(folder/'.lock', blocking=False)
     try: lock.acquire()
     except Timeout:
-        raise InputError(f"another process is at work in {folder}: wait for it, or name another folder.") from None
+        raise InputError(f"another process is at work in {folder}: wait for it, or name another folder. "
+                         "[help: folder-in-use]") from None
     try: yield
     finally:
         lock.release()

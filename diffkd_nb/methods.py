@@ -309,5 +309,11 @@ def which_method(): # -> DataFrame, one row for each method
     def row(cls):
         plan, context = _example(cls)
         with same_rng(): added = sum(p.numel() for p in cls(plan, **context.of(cls)).parameters())
-        return {'needs': method_needs(cls), 'taps': ', '.join(cls.default_taps), 'adds': f'{added:,}', 'use': cls.use}
+        return {'needs': method_needs(cls), 'taps': ', '.join(cls.default_taps), 'segmentation': _dense_text(cls),
+                'adds': f'{added:,}', 'use': cls.use}
     return pd.DataFrame.from_dict({name: row(cls) for name,cls in METHODS.items()}, orient='index')
+
+def _dense_text(cls):
+    "What a method compares in a model that gives a score for each pixel; '-' where it cannot"
+    taps = cls.dense_taps or cls.default_taps
+    return ', '.join('class map' if t == 'logits' else t for t in taps) if cls.dense or 'logits' not in taps else '-'

@@ -76,7 +76,8 @@ def output_kind(
     if kind: return kind
     name = getattr(loss_func, '__qualname__', None) or type(loss_func).__name__
     raise ValueError(f"cannot tell from the loss {name} what the model's outputs mean: say it with output=, "
-                     f"one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher).")
+                     f"one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher). "
+                     "[help: unknown-loss]")
 
 # %% ../nbs/07b_outputs.ipynb #8cc1a525
 def ignored_by(
@@ -111,20 +112,21 @@ def check_values(
     end, x = _ends_in(x), x.detach().float()
     unit = bool(((x >= 0) & (x <= 1)).all())
     whole = unit and x.shape[1] > 1 and bool(((x.sum(1) - 1).abs() < off).all())
-    fix = "both models must end alike: put nn.LogSoftmax or nn.Softmax behind the other one, or pass output=..."
+    fix = ("both models must end alike: put nn.LogSoftmax or nn.Softmax behind the other one, or pass output=... "
+           "[help: ends-in-softmax]")
     if output == 'probabilities' and not whole:
         raise ValueError(f"output='probabilities' says that the {role} ends in a softmax, but its outputs "
-                         f"{'do not add up to 1 over the classes' if unit else 'are not all between 0 and 1'}: {fix}.")
+                         f"{'do not add up to 1 over the classes' if unit else 'are not all between 0 and 1'}: {fix}")
     if output == 'label_probabilities' and not unit:
         raise ValueError(f"output='label_probabilities' says that the {role} ends in a sigmoid, but its outputs "
-                         f"are not all between 0 and 1: {fix}.")
+                         f"are not all between 0 and 1: {fix}")
     if output in (None, 'classes') and whole and len(x) > 1:
         raise ValueError(f"the {role} seems to end in a softmax (its outputs add up to 1 over the classes), "
                          f"but class scores before the softmax are expected: take it off, or pass "
-                         "output='probabilities' if both models end in one.")
+                         "output='probabilities' if both models end in one. [help: ends-in-softmax]")
     if output == 'labels' and end == 'sigmoid':
         raise ValueError(f"the {role} ends in a sigmoid, but scores before the sigmoid are expected: take it off, or pass "
-                         "output='label_probabilities' if both models end in one.")
+                         "output='label_probabilities' if both models end in one. [help: ends-in-softmax]")
 
 # %% ../nbs/07b_outputs.ipynb #11b617fe
 # Learners by what their model gives, each with number of outputs and meaning

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from fastai.basics import Learner
@@ -22,8 +23,9 @@ from .rng import Draws
 from .taps import Capture, eval_mode, moved, unwrap
 
 # %% auto #0
-__all__ = ['attention_map', 'tap_features', 'denoised_maps', 'show_input', 'plot_maps', 'show_denoised', 'plot_steps',
-           'class_scores', 'plot_scores', 'pca_plane', 'plot_plane', 'plot_gamma', 'plot_training', 'plot_differences']
+__all__ = ['attention_map', 'tap_features', 'denoised_maps', 'show_input', 'plot_maps', 'show_denoised', 'map_agreement',
+           'valid_maps', 'agreement_text', 'plot_steps', 'class_scores', 'plot_scores', 'pca_plane', 'plot_plane',
+           'plot_gamma', 'plot_training', 'plot_differences']
 
 # %% ../nbs/19_plots.ipynb #8063c0a8
 def attention_map(
@@ -76,14 +78,15 @@ def denoised_maps(
     *xb, # Inputs of the model
     tap:str='feature', # Name of a feature tap of the plan; `'logits'` for a class map
     seed:int=0 # Seed of the noise of the mixed start
-) -> dict: # `student`, `denoised`, `teacher`: (B, L, H, W) each; `gamma` (B,)
-    "Projected student map, denoised student map and the teacher's latent map of one tap"
+) -> dict: # `student`, `identity`, `denoised`, `teacher`: (B, L, H, W) each; `gamma` (B,)
+    "Student map as projected, after noise and output projection without denoising, denoised; the teacher's latent map"
     kd, i = _distillation(learn, tap)
     if kd.plan[i].form == 'logits':
         names = [t.name for t in kd.plan if t.form != 'logits']
         raise ValueError(f"no feature tap named {tap!r}: the plan has {names}.")
     with tap_features(learn, *xb, tap=tap) as (module, s, t): way = _way(module, s, t, seed)
-    return {'student': way['projected'], 'denoised': way['out'][-1], 'teacher': way['target'], 'gamma': way['gamma']}
+    return {'student': way['projected'], 'identity': way['out'][0], 'denoised': way['out'][-1], 'teacher': way['target'],
+            'gamma': way['gamma']}
 
 # %% ../nbs/19_plots.ipynb #231dff26
 def show_input(
@@ -100,12 +103,18 @@ def show_input(
 # %% ../nbs/19_plots.ipynb #58f2e389
 def plot_maps(
     images:Tensor, # (B, C, H, W), C 1 or 3; scaled to 0..1 for showing
-    maps:Mapping[str,Tensor], # Title to (B, L, H, W), as from `denoised_maps`
+    maps:Mapping[str,Tensor], # As from `denoised_maps`, of these images, then perhaps of more
     axs=None # Array of axes, one row a sample; made if not given
 ): # The axes
-    "Rows of image | student | denoised student | teacher (paper, figures 2 and 7)"
-    columns = {'student': maps['student'], 'denoised student': maps['denoised'], 'teacher': maps['teacher']}
-    return _rows(images, columns, axs, (6, 1.55*len(images)), 10)
+    "Rows of image | student | not denoised | denoised | teacher (paper, figures 2 and 7) | teacher, next image | average"
+    columns = {title: maps[k] for k,title in _TITLES.items() if k in maps}
+    teacher = attention_map(maps['teacher'])
+    if len(teacher) > 1:
+        columns["teacher,\nnext image"] = teacher.roll(-1, 0)
+        columns["teacher,\naverage"] = teacher.mean(0, keepdim=True).expand_as(teacher)
+    return _rows(images, columns, axs, (1.35*(len(columns) + 1), 1.4*len(images)), 9)
+
+_TITLES = {'student': 'student', 'identity': 'student,\nno denoiser', 'denoised': 'student,\ndenoised', 'teacher': 'teacher'}
 
 def _rows(images, columns, axs, figsize, fontsize):
     "A row an image: the image, and the attention of each column's map"
@@ -114,10 +123,14 @@ def _rows(images, columns, axs, figsize, fontsize):
     for r,(row,im) in enumerate(zip(axs, images)):
         show_input(im, row[0])
         for ax,m in zip(row[1:], columns.values()):
-            ax.imshow(attention_map(m[r:r+1])[0].cpu(), cmap='cividis')
+            ax.imshow(_attention(m[r:r+1])[0].cpu(), cmap='cividis')
             ax.axis('off')
     for ax,title in zip(axs[0], ('image', *columns)): ax.set_title(title, fontsize=fontsize)
     return axs
+
+def _attention(m):
+    "Attention of a feature (B, L, H, W); one that is attention already (B, H, W) stays"
+    return m if m.dim() == 3 else attention_map(m)
 
 # %% ../nbs/19_plots.ipynb #08c790d4
 def show_denoised(
@@ -126,10 +139,58 @@ def show_denoised(
     tap:str='feature', # Name of a feature tap
     seed:int=0 # Seed of the noise
 ): # The axes
-    "Picture of `n` validation images and their maps: student, denoised student, teacher"
+    "Picture of `n` validation images and their maps; the average is that of a batch"
     b = learn.dls.valid.one_batch() if hasattr(learn.dls.valid, 'one_batch') else next(iter(learn.dls.valid))
-    x = b[0][:n]
-    return plot_maps(x, denoised_maps(learn, x.as_subclass(Tensor), tap=tap, seed=seed))
+    return plot_maps(b[0][:n], denoised_maps(learn, b[0].as_subclass(Tensor), tap=tap, seed=seed))
+
+# %% ../nbs/19_plots.ipynb #bb5b92d2
+def _standard(m):
+    "Flat maps with mean 0 and length 1; a map without any structure stays 0"
+    m = _attention(m).flatten(1).double()
+    m = m - m.mean(1, keepdim=True)
+    return m/m.norm(dim=1, keepdim=True).clamp_min(1e-9)
+
+def map_agreement(
+    maps:Mapping[str,Tensor] # As from `denoised_maps` or `valid_maps`
+) -> pd.DataFrame: # A row a kind of map; correlations with the teacher's map: `same image`, `other images`, `average`
+    "How much a map is like the teacher's, and how much of that any image would give"
+    teacher = _standard(maps['teacher'])
+    if len(teacher) < 2: raise InputError(f"other images are needed to compare with, got maps of {len(teacher)}.")
+    average = _standard(_attention(maps['teacher']).mean(0, keepdim=True))
+    rows = {}
+    for k,title in _TITLES.items():
+        if k not in maps: continue
+        each = _standard(maps[k]) @ teacher.T
+        n, own = len(each), each.diagonal()
+        others = (each.sum() - own.sum())/(n*(n - 1))
+        rows[title.replace('\n', ' ')] = dict(zip(('same image', 'other images', 'average'),
+            map(float, (own.mean(), others, (_standard(maps[k]) @ average.T).mean()))))
+    found = pd.DataFrame(rows).T
+    found.attrs['n'] = len(teacher)
+    return found
+
+# %% ../nbs/19_plots.ipynb #6494e16c
+def valid_maps(
+    learn:Learner, # Learner with a `DiffKDCallback`, trained
+    tap:str='feature', # Name of a feature tap
+    seed:int=0 # Seed of the noise
+) -> dict: # `student`, `identity`, `denoised`, `teacher`: attention maps (N, H, W)
+    "Attention maps of all validation images"
+    parts = []
+    for i,b in enumerate(learn.dls.valid):
+        maps = denoised_maps(learn, b[0].as_subclass(Tensor), tap=tap, seed=seed + i)
+        parts.append({k: attention_map(maps[k]).cpu() for k in _TITLES})
+    return {k: torch.cat([p[k] for p in parts]) for k in _TITLES}
+
+def agreement_text(
+    found:pd.DataFrame # From `map_agreement`
+) -> str:
+    "The agreement of denoised maps in words, the same wherever a run is shown"
+    own, other, average = found.loc['student, denoised', ['same image', 'other images', 'average']]
+    return (f"Over {found.attrs['n']:,} images a denoised map correlates {own:.2f} with the teacher's map of the same image, "
+            f"{other:.2f} with those of other images and {average:.2f} with the teacher's average map; the same student's "
+            f"map without the denoising steps {found.loc['student, no denoiser', 'same image']:.2f} with the teacher's. "
+            f"The teacher's own maps correlate {found.loc['teacher', 'average']:.2f} with their average.")
 
 # %% ../nbs/19_plots.ipynb #f742d6dd
 def plot_steps(

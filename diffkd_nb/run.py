@@ -206,7 +206,8 @@ def _take_up(out, opened):
     for part in out.glob('.*.part'): part.unlink(missing_ok=True)       # of a process that was killed while it wrote
     def same(old):
         if not (other := opened.differs(old)): return
-        raise InputError(f"{out} holds a run of other settings ({other}): name another folder, or delete it.")
+        raise InputError(f"{out} holds a run of other settings ({other}): name another folder, or delete it. "
+                         "[help: other-settings]")
     if (out/'manifest.json').is_file():
         m = json.loads((out/'manifest.json').read_text())
         same(m['settings'])

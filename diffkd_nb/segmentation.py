@@ -16,7 +16,7 @@ from .losses import PixelCrossEntropy
 from .outputs import ignored_by
 from .rng import same_rng
 from .segmentation_data import VOID, open_segmentation, _LAYOUTS
-from .segmentation_models import Resize, Scores, segmentation_model
+from .segmentation_models import Scores, ToSize, encoder_file, segmentation_model
 from .task import Task
 from .taps import main_tensor
 from .weights import load_weights, read_weights
@@ -32,7 +32,7 @@ def confusion(
     n:int|None=None # Number of classes, K by default
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
-    if pred.dim() == 4: n, pred = n or pred.shape[1], Resize()(pred.float(), target.shape[1:]).argmax(1)
+    if pred.dim() == 4: n, pred = n or pred.shape[1], ToSize()(pred.float(), target.shape[1:]).argmax(1)
     if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own.")
     counted = target != (-100 if ignore is None else ignore)
     t, p = target[counted].long(), pred[counted].long()
@@ -101,6 +101,7 @@ class Segmentation(Task):
     name,metric,scale,unit,output,figure = 'segmentation','miou',100.,'percent','classes','mIoU val'
     kinds = tuple(_LAYOUTS)
     def open(self, spec, download=False): return open_segmentation(spec)
+    def starts_from(self, name): return encoder_file(name)
     def loss(self, recipe): return PixelCrossEntropy(VOID, label_smoothing=recipe.label_smoothing)
 
     def model(self, name, data, drop_path=0.):

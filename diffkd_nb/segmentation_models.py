@@ -18,10 +18,11 @@ from .models import MODELS, MobileNetV1, check_trusted
 from .weights import read_weights
 
 # %% auto #0
-__all__ = ['Resize', 'Pyramid', 'SmallEncoder', 'MobileEncoder', 'TimmEncoder', 'load_encoder', 'Scores', 'segmentation_model']
+__all__ = ['ToSize', 'Pyramid', 'SmallEncoder', 'MobileEncoder', 'TimmEncoder', 'load_encoder', 'Scores', 'segmentation_model',
+           'encoder_file']
 
 # %% ../nbs/15a_segmentation_models.ipynb #589c475b
-class Resize(nn.Module):
+class ToSize(nn.Module):
     "Bilinear, to the size of the picture"
     def forward(self,
         x:Tensor, # (B, K, h, w)
@@ -42,7 +43,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.sides = nn.ModuleList(_conv_bn(c, width) for c in encoder.channels)
-        self.smooth,self.head,self.resize = _conv_bn(width, width, 3),nn.Conv2d(width, n_classes, 1),Resize()
+        self.smooth,self.head,self.resize = _conv_bn(width, width, 3),nn.Conv2d(width, n_classes, 1),ToSize()
 
     def forward(self, x:Tensor) -> Tensor: # (B, 3, H, W); (B, K, H, W)
         *fine, coarse = [side(m) for side,m in zip(self.sides, self.encoder(x))]
@@ -152,7 +153,7 @@ class Scores(nn.Module):
     def __init__(self,
         model:nn.Module, # Gives a tensor, or a dict with the scores as `'out'`
         multiple:int=1 # Of what its sides must be multiples
-    ): super().__init__(); self.model,self.multiple,self.resize = model,multiple,Resize()
+    ): super().__init__(); self.model,self.multiple,self.resize = model,multiple,ToSize()
 
     def forward(self, x):
         h, w = x.shape[2:]
@@ -223,3 +224,13 @@ def segmentation_model(
         raise InputError(f"there is no segmentation network named {name!r}: expected "
                          "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or pyramid:ENCODER.")
     return _MAKERS[kind](name, rest, n_classes, size)
+
+# %% ../nbs/15a_segmentation_models.ipynb #57e8a0fc
+def encoder_file(
+    name:str # As for `segmentation_model`
+) -> Path|None:
+    "The file that `weights=FILE` names, None where there is none"
+    kind, _, rest = str(name).partition(':')
+    if kind not in ('smp', 'pyramid'): return None
+    file = next((v for k,_,v in (part.partition('=') for part in rest.partition('?')[2].split('&')) if k == 'weights'), None)
+    return None if file in (None, 'imagenet') else Path(file)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .files import InputError
+from .files import InputError, file_hash
 from .engine import ENGINES, ENGINES_TEXT
 from .precision import PRECISIONS, slow_precision
 from .logits_since import Ensemble
@@ -281,7 +281,13 @@ def settings(self:Opened) -> dict: # As in a manifest
     if s.graph: found['graph'] = True
     if s.teacher_engine != 'plain': found['teacher_engine'] = s.teacher_engine
     if self.task.name != 'classification': found['task'] = self.task.name
+    if (start := self.task.starts_from(s.student)) is not None: found['student_weights'] = _hash_of(start)
     return json.loads(json.dumps(found))
+
+def _hash_of(file):
+    "Hash of a file that a model's name asks for"
+    if not file.is_file(): raise InputError(f"{file} is not a file: expected the weights that the student starts from.")
+    return file_hash(file)
 
 # %% ../nbs/23_setup.ipynb #19107764
 @patch

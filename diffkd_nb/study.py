@@ -43,6 +43,9 @@ SETTINGS = { # Settings by name
                   dict(precision='bf16'), 15., 'size=180x240&valid=test')}
 SETTINGS['S2 held out'] = replace(SETTINGS['S2'], name='S2 held out', query='holdout=500')
 
+# %% ../nbs/32_study.ipynb #0993cce8
+SETTINGS['S3'].options['keep_distiller'] = True
+
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
 class Question:

@@ -8,9 +8,11 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/tables.html.md"""
 from __future__ import annotations
 import re
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from time import monotonic
 import pandas as pd
+from IPython.display import HTML
 from .comparison import Comparison, compare
 from .files import InputError
 from .methods import parse_method
@@ -19,7 +21,8 @@ from .recipes import get_recipe
 from .tasks import get_task
 
 # %% auto #0
-__all__ = ['TABLES', 'Group', 'Table', 'get_table', 'teacher_file', 'run_table', 'beside_paper', 'table_cost']
+__all__ = ['TABLES', 'Group', 'Table', 'get_table', 'teacher_file', 'run_table', 'beside_paper', 'folded', 'grid_folded',
+           'table_cost']
 
 # %% ../nbs/29_tables.ipynb #995de97a
 @dataclass(frozen=True)
@@ -150,6 +153,26 @@ class _Nothing(Comparison):
         self.own,self.manifests,self.failed,self.teachers = task,{},{},{}
         self.grid = dict(cells=[], reference='alone')
     task = property(lambda self: self.own)
+
+# %% ../nbs/29_tables.ipynb #3c7b1066
+def folded(
+    table, # DataFrame, or its Styler
+    says:str, # What stands on the closed fold
+    run:bool=False # Whether anything in it has been measured; then it is open
+) -> HTML:
+    "A table that a click opens"
+    return HTML(f"<details{' open' if run else ''}><summary>{escape(says)}</summary>\n{table.to_html()}\n</details>")
+
+def grid_folded(
+    cells:pd.DataFrame, # From `beside_paper` or `against_published`, with `n`
+    columns:list, # Which of its columns to show
+    digits:int=2 # Decimals
+) -> HTML:
+    "The cells of a table of the paper, folded as long as none has been run"
+    done, of = int((cells.n > 0).sum()), len(cells)
+    says = f"{of} cells, {done} of them run" if done else f"{of} cells, none of them run yet: the paper's figures"
+    shown = cells[list(columns)].style.format(precision=digits, na_rep='').hide(axis='index')
+    return folded(shown, says, run=done > 0)
 
 # %% ../nbs/29_tables.ipynb #2f0531f6
 def table_cost(

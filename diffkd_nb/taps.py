@@ -44,7 +44,8 @@ def get_module(
     if name in modules: return modules[name]
     near = difflib.get_close_matches(str(name), modules, n=5, cutoff=0.4) or [n for n in modules if n][:5]
     raise ValueError(f"{role} ({type(unwrap(model)).__name__}) has no module named {name!r}. "
-                     f"Nearest names: {', '.join(map(repr, near))}. All names: `dict(model.named_modules())`.")
+                     f"Nearest names: {', '.join(map(repr, near))}. All names: `dict(model.named_modules())`. "
+                     "[help: no-such-module]")
 
 # %% ../nbs/00_taps.ipynb #f7c610ce
 def tensors_of(
@@ -116,7 +117,7 @@ def find_layout(
     if x.dim() == 3 and (found := _tokens(x.shape[1], aspect, prefix, grids or {})): return found
     raise ValueError(f"cannot read an output of shape {tuple(x.shape)} as a feature map: expected (B, C), "
                      "(B, C, H, W), (B, H, W, C), (B, C, N) or (B, N, C) with N a grid of patches. Tap another module, "
-                     "or name the layout: taps=[dict(student=..., teacher=..., layout=...)].")
+                     "or name the layout: taps=[dict(student=..., teacher=..., layout=...)]. [help: shape]")
 
 # %% ../nbs/00_taps.ipynb #89816ac3
 def _kind_of_map(x, aspect):
@@ -362,7 +363,7 @@ def last_feature(
     if not maps:
         script = ' A TorchScript model shows its output alone.' if _is_script(records[-1].module) else ''
         raise ValueError("the model has no module that gives a feature map: name one with taps=[(student, teacher), ...], "
-                         f"or distil the logits alone with taps=['logits'].{script}")
+                         f"or distil the logits alone with taps=['logits'].{script} [help: no-feature-map]")
     large = [i for i,n in maps.items() if n > 1]
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return _numbered(records)[max(i for i in maps if not pools or i < pools[-1])]
@@ -478,13 +479,14 @@ def check_pair(
     student, teacher = unwrap(student), unwrap(teacher)
     if student is teacher:
         raise ValueError("teacher and student are the same object: the teacher would move with the student. "
-                         "Pass copy.deepcopy(student) to distil a model into itself.")
+                         "Pass copy.deepcopy(student) to distil a model into itself. [help: same-model]")
     mine = {id(p): n for n,p in student.named_parameters()}
     both = [f"{mine[id(p)]} (teacher: {n})" for n,p in teacher.named_parameters() if id(p) in mine]
     if both:
         few = ', '.join(both[:3]) + (', ...' if len(both) > 3 else '')
         raise ValueError(f"teacher and student share {len(both)} parameters, "
-                         f"so training the student would change the teacher: {few}. Pass a copy of the teacher.")
+                         f"so training the student would change the teacher: {few}. Pass a copy of the teacher. "
+                         "[help: same-model]")
 
 # %% ../nbs/00_taps.ipynb #f2136edb
 def _call(name):
@@ -501,7 +503,8 @@ def _record(model, records, name, role):
     if k is None and len(found) > 1:
         shapes = ', '.join(str(tuple(records[i].output.shape)) for i in found[:3] if isinstance(records[i].output, Tensor))
         raise ValueError(f"module {name!r} of the {role} runs several times in a forward pass ({len(found)}; outputs {shapes}): "
-                         f"say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or tap a module that runs once.")
+                         f"say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or tap one that runs once. "
+                         "[help: runs-again]")
     if k is not None and not 1 <= k <= len(found):
         raise ValueError(f"module {name!r} of the {role} runs {len(found)} times in a forward pass, so there is no call {k}.")
     return found[(k or 1) - 1], len(found)
@@ -543,7 +546,7 @@ def _check_place(place, out, records, role):
                          "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers).")
     if role == 'teacher' and not torch.isfinite(out).all():
         raise ValueError(f"the teacher's output at {where!r} is not finite (NaN or infinity) "
-                         "on the first batch: check its weights and the normalisation of the input.")
+                         "on the first batch: check its weights and the normalisation of the input. [help: not-finite]")
 
 def _tensors_in(output): return tensors_of([output]) or list(fields_of(output).values())
 
@@ -706,7 +709,8 @@ def _check_tap(tap, plan):
     if tap.kind == 'logits' and s != t:
         raise ValueError(f"the student has {s} classes and the teacher {t}: logits can only be compared over the same "
                          "classes. Say with classes=[...] which of the teacher's outputs each of the student's is, give the "
-                         "teacher a head for these classes, or distil features alone with taps=['feature'].")
+                         "teacher a head for these classes, or distil features alone with taps=['feature']. "
+                         "[help: other-classes]")
     if tap.kind == 'logits' and grid != other and [1, 1] in (grid, other):
         raise ValueError(f"the student gives scores of {grid[0]} x {grid[1]} positions and the teacher of {other[0]} x "
                          f"{other[1]}: both must score positions, or both whole samples; or use taps=['feature'].")

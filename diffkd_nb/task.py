@@ -56,6 +56,12 @@ def model(self:Task,
     raise NotImplementedError(f"{type(self).__name__} does not say how a model is made.")
 
 @patch
+def starts_from(self:Task,
+    name:str # Name of a model
+) -> Path|None: # A file of weights that the name asks for, which a run then puts on record by its hash
+    "Where a new model's weights come from, if not from random numbers"
+
+@patch
 def teacher(self:Task,
     spec:str, # `'name@weights'`
     data, # What it is for

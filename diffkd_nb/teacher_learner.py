@@ -29,7 +29,7 @@ def _check_classes(theirs, own):
     how = 'the same in another order' if sorted(theirs) == sorted(own) else 'other classes'
     raise InputError(f"the teacher's classes are {few(theirs)} ({len(theirs)}) and the student's {few(own)} "
                      f"({len(own)}), {how}: train both with one vocabulary, such as CategoryBlock(vocab=...), "
-                     "or pass teacher.model if its outputs are meant as they are.")
+                     "or pass teacher.model if its outputs are meant as they are. [help: other-classes]")
 
 # %% ../nbs/08b_teacher_learner.ipynb #3b32c8ab
 def _normalisation(learn):
@@ -52,7 +52,7 @@ def _check_normalisation(theirs, own):
     text = lambda s: 'not normalised' if s is None else f'normalised by {rounded(s)}'
     raise InputError(f"the teacher's input is {text(theirs)} and the student's {text(own)} (mean, std): pass "
                      "teacher_transform=Renormalise(of=the student's, to=the teacher's), "
-                     "or teacher.model if they are meant to differ.")
+                     "or teacher.model if they are meant to differ. [help: other-input]")
 
 # %% ../nbs/08b_teacher_learner.ipynb #8d41f898
 def compare_teacher(

@@ -298,7 +298,7 @@ def teacher_source(
     if not at:
         raise InputError(f"teacher {spec!r}: expected NAME@FILE.safetensors, such as resnet56@teacher.safetensors, "
                          "or NAME@WEIGHTS, such as torchvision:resnet34@IMAGENET1K_V1. "
-                         "A teacher without trained weights teaches nothing.")
+                         "A teacher without trained weights teaches nothing. [help: untrained-teacher]")
     is_file = what.endswith(('.safetensors', *_TORCH)) or Path(what).is_file()
     return None if is_file else published_weights(name, what)
 

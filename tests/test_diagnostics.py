@@ -56,7 +56,7 @@ def test_a_killed_and_resumed_run_keeps_its_rows(runs, tmp_path, monkeypatch):
 def test_pictures_from_a_stored_run(runs):
     d, teacher = runs
     learn = stored_learner(d/'looked', teacher)
-    assert show_denoised(learn, 3).shape == (3, 4)
+    assert show_denoised(learn, 3).shape == (3, 7)
     x = next(iter(learn.dls.valid))[0][:2]
     assert plot_steps(learn, x).shape == (2, 9) and class_scores(learn, x)['denoised'].shape == (2, 10)
     matplotlib.pyplot.close('all')

@@ -170,3 +170,41 @@ def test_numbers_that_do_not_fit_are_one_error(data, teacher, tmp_path):
     with pytest.raises(InputError, match='does not fit the model.*head'): run(RECIPE, two, teacher, STUDENT, KD, 0, tmp_path/'c', progress=False)
     with pytest.raises(InputError, match='the class 4, and the model gives 3'): confusion(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 4))
     assert task_of(dict(task='segmentation')).metric == 'miou'
+
+
+def test_the_file_an_encoder_starts_from_is_on_record(data, tmp_path):
+    "By its hash: the same path with other weights is another run"
+    from diffkd_nb.files import file_hash
+    from diffkd_nb.weights import save_weights
+    first = tmp_path/'first.safetensors'
+    def write(seed):
+        with seeded(seed): save_weights(segmentation_model('pyramid:small:2?width=8', 3).encoder, first)
+        return file_hash(first)
+    name, recipe = f'pyramid:small:2?width=8&weights={first}', RECIPE.replace(epochs=1)
+    was = write(1)
+    m = run(recipe, data, None, name, 'alone', 0, tmp_path/'o', progress=False)
+    assert m['settings']['student_weights'] == was and verify(tmp_path/'o', data=data)
+    assert 'student_weights' not in run(recipe, data, None, 'pyramid:small:2?width=8', 'alone', 0, tmp_path/'p', progress=False)['settings']
+    now = write(2)
+    with pytest.raises(InputError, match=f"student_weights: '{was}' there, '{now}' now"): run(recipe, data, None, name, 'alone', 0, tmp_path/'o', progress=False)
+    first.unlink()
+    assert verify(tmp_path/'o', data=data)      # the student is stored, the file is not needed
+    with pytest.raises(InputError, match='first.safetensors'): run(recipe, data, None, name, 'alone', 0, tmp_path/'q', progress=False)
+
+
+@pytest.mark.slow
+def test_the_table_of_methods_says_which_do_segmentation(data, teacher):
+    "What `which_method` names trains with those taps; a dash is refused"
+    from diffkd_nb.methods import METHODS, which_method
+    model, dls = task_of({'task': 'segmentation'}).teacher(teacher, open_data(data)), open_data(data).dls(6, (), 0)
+    said, found = which_method().segmentation, {}
+    for m in METHODS:
+        cb = DistillCallback(None if METHODS[m].teacherless else model, m, verbose=False)
+        learn = Learner(dls, segmentation_model(STUDENT, 3), loss_func=PixelCrossEntropy(VOID), cbs=cb)
+        try:
+            with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        except ValueError as e: found[m] = '-'; continue
+        places = ['class map' if t.form == 'dense' else t.kind for t in cb.plan]
+        found[m] = 'stages' if len(places) > 2 and set(places) == {'feature'} else ', '.join(places)
+    differ = {m: (said[m], found[m]) for m in METHODS if said[m] != found[m]}
+    assert not differ, differ
