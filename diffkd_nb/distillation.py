@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
+from .padding import PaddedNorm
 from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
@@ -102,6 +103,7 @@ class CustomMethod:
         source = getattr(distiller, 'func', distiller)
         self.distiller,self.needs = distiller,tuple(getattr(source, 'needs', ()))
         self.default_taps,self.of_maps = (getattr(source, k, None) for k in ('default_taps', 'dense_taps'))
+        self.by_word = getattr(source, 'by_word', False)
         self.name,self.task_weight = getattr(source, '__name__', type(source).__name__),1.
 
     def __str__(self): return self.name
@@ -299,7 +301,7 @@ def _find_taps(self:Distillation, xb, taps, dense_taps=None):
     teacher = deepcopy(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
-                     output=self.output, classes=self.classes, dense_taps=dense_taps)
+                     output=self.output, classes=self.classes, dense_taps=dense_taps, by_word=self.method.by_word)
     dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
@@ -545,7 +547,8 @@ def try_again(self:Distillation,
 @patch
 def _agree(self:Distillation, dev, sync_bn):
     "Take the first process's weights, statistics and random state"
-    if sync_bn: self.distiller = nn.SyncBatchNorm.convert_sync_batchnorm(self.distiller)
+    if sync_bn and not any(isinstance(m, PaddedNorm) for m in self.distiller.modules()):
+        self.distiller = nn.SyncBatchNorm.convert_sync_batchnorm(self.distiller)
     self._student_capture = Capture(self.student, {t.name: t.student for t in self.plan})    # modules may be new
     for t in self.distiller.state_dict().values():
         whole = t.contiguous()
