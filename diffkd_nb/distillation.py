@@ -202,7 +202,7 @@ class Distillation:
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: class scores by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'bf16'`: in bfloat16, see `ENGINES`
+        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'compile'`, `'bf16'`: see `ENGINES`
         **options # Options of a method that is named
     ):
         self.method = as_method(method, options)
@@ -216,7 +216,7 @@ class Distillation:
         self.draws,self._lent,self._recording,self.writes_inputs = Draws(),None,False,False
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
         self.waiting = self.same_data = None    # a state that came before the plan; tells whether the data are the memory's
-        self.teacher_engine,self.engine,self._may_fold = teacher_engine,None,False
+        self.teacher_engine,self.engine,self._may_fold,self._may_compile = teacher_engine,None,False,False
         self.engine_note = 'bf16' if teacher_engine == 'bf16' else 'plain'      # which one answers, and why
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
@@ -375,7 +375,7 @@ def start(self:Distillation,
     device=None, # Where to train; where the student is by default
     part:tuple=(0, 1), # Number of this process, number of processes
     sync_bn:bool=False, # Compute the method's BatchNorm statistics over all processes (CUDA)
-    engine:bool=True # False: `teacher_engine='auto'` does not pay, the training is too short
+    engine:bool|str=True # False: the training is too short for `'auto'` and `'compile'`; `'folded'`: for compiling
 ):
     "Bring method and teacher to the device, the teacher in eval mode; may be called again for each epoch"
     dev = torch.device(device) if device is not None else next(self.student.parameters()).device
@@ -386,7 +386,8 @@ def start(self:Distillation,
     if part[1] > 1: self._agree(dev, sync_bn)
     if self._lent is None: self._lent = self._state_of_teacher(dev)
     self.teacher.to(dev).eval()
-    self._may_fold = engine and self.teacher_engine == 'auto' and self.engine is None
+    self._may_fold = bool(engine) and self.teacher_engine in ('auto', 'compile') and self.engine is None
+    self._may_compile = engine is True and self.teacher_engine == 'compile'
     self.tally.reset(dev)
 
 @patch
@@ -484,6 +485,9 @@ def _fold(self:Distillation, xb):
     if self.writes_inputs: self.engine_note = 'plain, since the teacher writes into its input'; return
     self.engine, why = make_engine(self.teacher, {t.name: t.teacher for t in self.plan}, xb)
     self.engine_note = why and f'plain, since {why}' or 'folded'
+    if self.engine is None or not self._may_compile: return
+    why = self.engine.compile(xb)
+    self.engine_note = f'folded, since {why}' if why else 'folded and compiled'
 
 # %% ../nbs/08_distillation.ipynb #d8f91e6d
 @patch

@@ -62,7 +62,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; or `'bf16'`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; `'compile'`, `'bf16'`
 
     def __post_init__(self): self._check()
 
