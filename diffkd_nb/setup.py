@@ -38,7 +38,18 @@ def teacher_parts(
     "The teachers that a description names"
     if isinstance(spec, (list, tuple)): return tuple(p for s in spec for p in teacher_parts(s))
     if not isinstance(spec, (str, Path)): return (spec,)
-    return tuple(p.strip() for p in re.split(r'\+(?=[^+@/\\]+@)', str(spec)))
+    found, first, *rest = [], *str(spec).split('+')
+    for i,piece in enumerate(rest):
+        if '@' in first and _begins(piece, rest[i+1:]): found.append(first); first = piece
+        else: first += f'+{piece}'
+    return tuple(p.strip() for p in (*found, first))
+
+def _begins(piece, later):
+    "Whether what follows a `+` begins another teacher: a name, perhaps with options that hold a `+` too, before an `@`"
+    name, at, _ = piece.partition('@')
+    name, option, _ = name.partition('?')
+    known = bool(name.strip()) and (':' in name or not re.search(r'[/\\]', name))
+    return known and bool(at or option and any('@' in p for p in later))
 
 def teacher_name(
     spec # As for `teacher_parts`
