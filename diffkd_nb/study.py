@@ -46,6 +46,7 @@ _like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
 _like('S2', 'S4', recipe=get_recipe('text').replace(epochs=3, batch_size=128), kind='sst2', query='split=test',
       core_minutes=5.)
 _like('S4', 'S4 TextCNN', student='textcnn', core_minutes=3.)
+_like('S2 held out', 'S5', teacher='bigru', student='textcnn')
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE, tuple(range(230, 240))),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
+    Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
+        'alone': 'alone', 'KD': 'kd', 'state': _ON_KD.format(''), 'state, identity': _ON_KD.format(_IDENTITY + ','),
+        'words': 'kd+diffkd:taps=words', 'words, identity': f'kd+diffkd:{_IDENTITY},taps=words'},
+        (('words', 'state'), ('words, identity', 'state, identity'), ('words', 'words, identity'), ('words', 'KD')),
+        tuple(range(310, 316))),
     Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
         'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 # %% auto #0
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
            'find_layout', 'word_mask', 'masked_mean', 'marked_words', 'to_map', 'eval_mode', 'train_mode', 'Record',
-           'dry_run', 'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'first_tensor',
-           'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
-           'gives_maps', 'plan_table', 'Call', 'Capture']
+           'dry_run', 'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'last_words',
+           'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps',
+           'plan_taps', 'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -381,6 +381,19 @@ def last_feature(
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return _numbered(records)[max(i for i in maps if not pools or i < pools[-1])]
 
+# %% ../nbs/00_taps.ipynb #335f872e
+def last_words(
+    records:Sequence[Record], # From `dry_run`
+    mask:Tensor|None # (B, N), true where a word is
+) -> str: # Dotted name
+    "Name of the module that gives the last states of words (B, N, C); `ValueError` where there is none"
+    if mask is None:
+        raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), or a model "
+                         "with a method word_mask. Name two modules, or use 'feature'.")
+    fits = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3 and r.output.shape[:2] == mask.shape]
+    if fits: return _numbered(records)[fits[-1]]
+    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'.")
+
 # %% ../nbs/00_taps.ipynb #b0c15edf
 def _map_size(model, records, i, aspect):
     "(h, w) of a record that is a map of more than one position, None for anything else"
@@ -610,10 +623,11 @@ def _as_list(taps):
     if len(taps): return taps
     raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
 
-def _requests(taps, s_rec, t_rec, stages, key=None):
+def _requests(taps, s_rec, t_rec, stages, words, key=None):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name, two layouts)`"
     for t in _as_list(taps):
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec), (None, None)
+        elif t == 'words': yield 'words', 'feature', *words(), (None, None)
         elif t == 'logits': yield 'logits', 'logits', class_map(s_rec, key), class_map(t_rec, key), (None, None)
         elif t in ('stages', 'exits'):
             ss, ts = stages()
@@ -630,7 +644,7 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', (student name, teacher name), (student name, "
+        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', (student name, teacher name), (student name, "
                          f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
@@ -648,7 +662,7 @@ def check_taps(
     check_pair(student, teacher)
     seen = []
     for t in _as_list(taps):
-        if isinstance(t, str) and t in ('feature', 'logits', 'stages', 'exits'): name = t
+        if isinstance(t, str) and t in ('feature', 'words', 'logits', 'stages', 'exits'): name = t
         else:
             name, _, s, u, layouts = named_tap(t)
             get_module(student, _call(s)[0], 'student'), get_module(teacher, _call(u)[0], 'teacher')
@@ -675,7 +689,8 @@ def plan_taps(
     s_asp, t_asp, plan = picture_aspect(list(xb)), picture_aspect(list(teacher_xb)), []
     if dense_taps is not None and gives_maps(s_rec): taps = dense_taps
     stages = lambda: (stage_features(student, s_rec, aspect=s_asp), stage_features(teacher, t_rec, aspect=t_asp))
-    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, output_key):
+    words = lambda: [last_words(r, word_mask(x, m)) for m,x,r in ((student, xb, s_rec), (teacher, teacher_xb, t_rec))]
+    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, words, output_key):
         if kind is None: kind = 'logits' if _is_output(s_rec, s) and _is_output(t_rec, t) else 'feature'
         as_read = ['sequence' if l in _SENTENCES else l for l in layouts]
         place = _place(student, s_rec, s, 'student', s_asp, kind, as_read[0], output_key)
@@ -694,8 +709,9 @@ _SENTENCES = 'words', 'pooled' # How a sequence can be compared where its words 
 def _of_sentences(places, asked, read, by_word):
     "Sequences of words: side by side where both models read the same and the method allows it, else by their mean"
     masks = [word_mask(inputs, model) for model,inputs in read]
+    told = [getattr(type(unwrap(model)), 'word_mask', None) for model,_ in read]
     fits = [m is not None and p.layout.kind == 'sequence' and p.shape[1] == m.shape[1] for p,m in zip(places, masks)]
-    same = all(fits) and _same_words(masks, [inputs for _,inputs in read])
+    same = all(fits) and told[0] is told[1] and _same_words(masks, [inputs for _,inputs in read])
     _check_sentences(asked, fits, same, by_word)
     free = [a in (None, *_SENTENCES) for a in asked]
     kind = 'words' if same and by_word and all(free) and 'pooled' not in asked else 'pooled'

@@ -200,7 +200,7 @@ def test_other_words_are_compared_by_their_mean():
 @pytest.mark.parametrize('student', ['bigru:4', pytest.param('textcnn:4', marks=pytest.mark.slow)])
 def test_words_killed_and_resumed(data, teacher, student, tmp_path, monkeypatch):
     "Two models of sentences read the same words: their hidden states are compared word by word"
-    how = dict(taps=[('body', 'body'), 'logits'], progress=False)
+    how = dict(taps=['words', 'logits'], progress=False)
     m = run(RECIPE.replace(epochs=1), data, teacher, student, 'diffkd', 1, tmp_path/'plain', diagnostics=True, **how)
     assert m['taps'][0]['student_shape'][1:] == [1, 1]       # of no fixed length
     cut_and_resumed(lambda out: run(RECIPE, data, teacher, student, 'diffkd', 1, out, **how), tmp_path, monkeypatch)
