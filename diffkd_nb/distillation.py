@@ -483,11 +483,18 @@ def _fold(self:Distillation, xb):
     "Let a folded copy of the teacher answer, until `finish`"
     self._may_fold = False
     if self.writes_inputs: self.engine_note = 'plain, since the teacher writes into its input'; return
-    self.engine, why = make_engine(self.teacher, {t.name: t.teacher for t in self.plan}, xb)
+    places = {t.name: t.teacher for t in self.plan}
+    self.engine, why = make_engine(self.teacher, places, xb, unfolded=self._may_compile)
     self.engine_note = why and f'plain, since {why}' or 'folded'
-    if self.engine is None or not self._may_compile: return
-    why = self.engine.compile(xb)
-    self.engine_note = f'folded, since {why}' if why else 'folded and compiled'
+    if self.engine is not None and self._may_compile: self._compile(xb)
+
+@patch
+def _compile(self:Distillation, xb):
+    "Compile the copy; where that fails it answers as it is, unless nothing was folded"
+    folded, why = self.engine.folded, self.engine.compile(xb)
+    if why and not folded: self.engine = None
+    kind = 'folded' if folded else 'plain' if why else 'compiled'
+    self.engine_note = f'{kind}, since {why}' if why else 'folded and compiled' if folded else kind
 
 # %% ../nbs/08_distillation.ipynb #d8f91e6d
 @patch

@@ -77,6 +77,8 @@ class TeacherEngine(nn.Module):
     ):
         super().__init__()
         self.model = fold(teacher, xb, [p.name for p in places.values()])
+        norms = lambda model: sum(isinstance(m, _BatchNorm) for m in model.modules())
+        self.folded = norms(teacher) - norms(self.model)        # BatchNorms that are gone
         self.capture = Capture(self.model, places)
         self.compiled,self.shapes = None,()
 
@@ -111,15 +113,16 @@ def make_engine(
     teacher:nn.Module, # In eval mode; left as it is
     places:Mapping[str,Place], # Tap name to place
     xb:Sequence[Tensor], # Inputs of the teacher
-    tolerance:float=1e-4 # Largest difference, relative to the largest value of a map
+    tolerance:float=1e-4, # Largest difference, relative to the largest value of a map
+    unfolded:bool=False # Make one also where no BatchNorm can be folded, to be compiled
 ) -> tuple[TeacherEngine|None,str]: # The engine; where there is none, why
     "An engine that gives what the teacher gives, up to rounding"
     if any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules()): return None, 'the teacher has hooks'
-    with torch.autocast(xb[0].device.type, enabled=False), torch.no_grad():
+    with torch.autocast(tensors_of(list(xb))[0].device.type, enabled=False), torch.no_grad():
         engine, plain = TeacherEngine(teacher, places, xb), Capture(teacher, places)
         with plain: plain.note_output(teacher(*xb)); want = plain.maps()
         got = engine(*xb)
-    if not any(isinstance(m, nn.Identity) for m in engine.model.modules()): return None, 'no BatchNorm can be folded'
+    if not engine.folded and not unfolded: return None, 'no BatchNorm can be folded'
     off = _off(got, want)
     return (engine, '') if off <= tolerance else (None, f'folded it differs by {off:.1e}')
 

@@ -183,3 +183,22 @@ def test_a_compiled_teacher_gives_the_same_maps(half):
         assert list(w) == list(g) == ['stage1', 'stage2', 'stage3', 'stage4', 'logits'][-len(w):]
         for n in w: assert (g[n].float() - w[n].float()).norm() <= (36*2**-8 if half else 1e-4)*w[n].float().norm(), n
     assert not any(m._forward_hooks for m in teacher.modules())
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_a_teacher_without_batchnorm_can_be_compiled(works, monkeypatch):
+    "Also one whose input is a dict; where it cannot be, the teacher answers itself"
+    class Words(nn.Module):
+        def __init__(self, width): super().__init__(); self.table, self.head = nn.Embedding(9, width), nn.Linear(width, 3)
+        def forward(self, x): return self.head(self.table(x['ids']).mean(1))
+    def compiled(m, **kw):
+        if not works: raise RuntimeError('no compiler')
+        return m
+    monkeypatch.setattr(torch, 'compile', compiled)
+    x = dict(ids=torch.randint(9, (4, 5)))
+    kd = {e: Distillation(Words(4), Words(8), 'kd', xb=(x,), teacher_engine=e) for e in ('auto', 'compile')}
+    for e, d in kd.items():
+        with d: maps = d.teacher_maps((x,))
+        torch.testing.assert_close(maps['logits'].flatten(1), d.teacher(x))
+    assert kd['auto'].engine_note == 'plain, since no BatchNorm can be folded'
+    assert kd['compile'].engine_note == ('compiled' if works else 'plain, since it cannot be compiled (RuntimeError)')
