@@ -230,3 +230,21 @@ def test_words_train(options):
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 5e-3)
     log = learn.recorder.values
     assert cb.plan[0].form == 'words' and log[-1][0] < log[0][0] and all(v == v for row in log for v in row)
+
+
+@pytest.mark.cuda
+def test_words_on_a_gpu():
+    "The losses and gradients of the same draws, as on the CPU"
+    from diffkd_nb.diffkd import DiffKD
+    torch.manual_seed(0)
+    tap, there = DiffKD(8, 16, 'words', latent=6), (torch.arange(7) < torch.tensor([[7], [4], [2], [6]]))[:, None, :, None].float()
+    maps = [torch.cat([torch.randn(4, c, 7, 1)*there, there], 1) for c in (8, 16)]
+    drawn, found = (torch.randn(4, 6, 7, 1), torch.randn(4, 6, 7, 1), torch.randint(0, 1000, (4,))), []
+    for place in ('cpu', 'cuda'):
+        tap.to(place).zero_grad()
+        s, t = (m.to(place) for m in maps)
+        s.requires_grad_()
+        out = tap(s, t, *(d.to(place) for d in drawn))
+        (out.kd_loss + out.diffusion_loss + out.reconstruction_loss).backward()
+        found.append([x.detach().cpu() for x in (out.kd_loss, out.diffusion_loss, out.reconstruction_loss, s.grad)])
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
