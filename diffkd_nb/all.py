@@ -2,6 +2,7 @@
 from .taps import *
 from .rng import *
 from .files import *
+from .padding import *
 from .noise_adapter import *
 from .autoencoder import *
 from .shared_linear import *

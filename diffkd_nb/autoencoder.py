@@ -6,6 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/autoencoder.html.md"""
 
 # %% ../nbs/02_autoencoder.ipynb #fee9a3ec
 from __future__ import annotations
+from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -18,17 +19,20 @@ class LinearAutoencoder(nn.Module):
     "1 x 1 convolution + BatchNorm to `latent` channels, 1 x 1 convolution back (paper, eq. 6)"
     def __init__(self,
         channels:int, # Channels of the teacher's map
-        latent:int # Channels of the latent
+        latent:int, # Channels of the latent
+        norm:type=nn.BatchNorm2d # Kind of the BatchNorm
     ):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(channels, latent, 1), nn.BatchNorm2d(latent))
+        self.encoder = nn.Sequential(nn.Conv2d(channels, latent, 1), norm(latent))
         self.decoder = nn.Conv2d(latent, channels, 1)
 
     def forward(self,
-        teacher:Tensor # (B, C, H, W)
+        teacher:Tensor, # (B, C, H, W)
+        seen:Callable|None=None # What of a map the loss compares; all by default
     ) -> tuple[Tensor,Tensor]: # Detached latent (B, L, H, W); reconstruction loss, a float32 scalar (eq. 6)
         z = self.encoder(teacher)
-        return z.detach(), F.mse_loss(self.decoder(z).float(), teacher.float())
+        seen = seen or (lambda x: x)
+        return z.detach(), F.mse_loss(seen(self.decoder(z)).float(), seen(teacher).float())
 
 # %% ../nbs/02_autoencoder.ipynb #7f3f9b0f
 def latent_width(

@@ -41,8 +41,8 @@ from .teacher_learner import compare_teacher
 from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
-__all__ = ['ENGINE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback', 'TeacherlessCallback',
-           'distillation', 'DiffKDCallback']
+__all__ = ['ENGINE_STEPS', 'COMPILE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback',
+           'TeacherlessCallback', 'distillation', 'DiffKDCallback']
 
 # %% ../nbs/09_callback.ipynb #be1fca03
 def first_samples(
@@ -186,7 +186,7 @@ class DistillCallback(Callback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'bf16'`: in bfloat16
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'compile'`, `'bf16'`
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher_learner = teacher if isinstance(teacher, Learner) else None
@@ -435,16 +435,19 @@ class _Guard:
 
 # %% ../nbs/09_callback.ipynb #76bdf35a
 ENGINE_STEPS = 500 # Steps from which a folded teacher pays
+COMPILE_STEPS = 5000 # Steps from which compiling it pays
 
 @patch
 def _engine_pays(self:DistillCallback):
-    "Whether the fit is long enough; says so once"
-    if self.teacher_engine != 'auto': return False
-    steps = self.learn.n_epoch*len(self.learn.dls.train)
-    long = steps >= ENGINE_STEPS
+    "What the fit is long enough for: False, 'folded', or True; says so once"
+    if self.teacher_engine not in ('auto', 'compile'): return False
+    steps, compiled = self.learn.n_epoch*len(self.learn.dls.train), self.teacher_engine == 'compile'
+    pays = steps >= ENGINE_STEPS and (True if not compiled or steps >= COMPILE_STEPS else 'folded')
     if self.verbose and self.learn.epoch == 0:
-        print(f"teacher engine: {'folded' if long else 'plain'}, {steps} steps ({ENGINE_STEPS} or more pay).")
-    return long
+        which, least = 'folded' if pays else 'plain', f'{ENGINE_STEPS} or more pay'
+        if compiled: which, least = 'compiled' if pays is True else which, f'{least}, {COMPILE_STEPS} for compiling'
+        print(f"teacher engine: {which}, {steps} steps ({least}).")
+    return pays
 
 # %% ../nbs/09_callback.ipynb #1104f1b8
 @patch
@@ -704,7 +707,7 @@ class DiffKDCallback(DistillCallback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings; `'bf16'`: in bfloat16
+        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings; `'compile'`, `'bf16'`
         **kwargs
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances, weights=weights,

@@ -56,7 +56,7 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
                  '(default: float32)',
     'channels_last': 'keep maps with the channels last (the default)',
     'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding; '
-                      'bf16: the teacher computes in bfloat16 (default: plain)',
+                      'compile: it is also compiled, in longer ones; bf16: the teacher computes in bfloat16 (default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',

@@ -111,7 +111,7 @@ def look(
             row.update({f'{k}_{when}': float(v) for k,v in distances(f, target).items()})
         row['step_mse'] = [float(F.mse_loss(o.float(), target.float())) for o in w['out']]
         row.update(student_norm=_norm(z), teacher_norm=_norm(target))
-        if tap.denoiser is not None: row.update(_by_time(tap, target, draws))
+        if tap.denoiser is not None and tap.kind != 'words': row.update(_by_time(tap, target, draws))
     return row
 
 # %% ../nbs/18_diagnostics.ipynb #160e947e

@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
 from .rng import Draws
+from .padding import PaddedNorm, padding_at, split_mark, words_of
 from .noise_adapter import NoiseAdapter, mix
 from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
@@ -68,7 +69,7 @@ class DiffKD(nn.Module):
     def __init__(self,
         student_channels:int, # Channels of the student's feature, or classes
         teacher_channels:int, # Channels of the teacher's feature, or classes
-        kind:str='feature', # `'feature'`: (B, C, H, W); `'logits'`: (B, K), or (B, K, 1, 1); `'dense'`: class maps (B, K, H, W)
+        kind:str='feature', # `'feature'` (B, C, H, W); `'words'`, see `marked_words`; `'logits'` (B, K); `'dense'` (B, K, H, W)
         latent:int|str|None='auto', # Width of the autoencoder; `'auto'` as the paper, None for none; class scores have none
         steps:int=5, # Denoiser calls on the student's feature
         start:str|int='released', # First time of denoising, see `ddim_times`; `'gamma'`: the one that gamma implies
@@ -95,17 +96,18 @@ class DiffKD(nn.Module):
         self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
         self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate' or predicts == 'clean'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
-        self.form = dict(feature='feature', logits='logits', dense=_FORMS[dense_form])[kind]
+        self.form = _FORMS[dense_form] if kind == 'dense' else kind
         self.least = _least_widths(least_width) if kind == 'dense' else (1, 1)
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
-        self.scores = Scores(output, teacher_channels) if kind != 'feature' else None
-        self.distance = get_distance(distance or _usual(kind, output), temperature, output, zscore and kind != 'feature')
+        scored = kind in ('logits', 'dense')
+        self.scores = Scores(output, teacher_channels) if scored else None
+        self.distance = get_distance(distance or _usual(kind, output), temperature, output, zscore and scored)
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _FORMS = dict(bottleneck='feature', pointwise='logits')
-_CHOICES = dict(kind=('feature', 'logits', 'dense'), dense_form=tuple(_FORMS), align=('smaller', 'student', 'teacher'),
+_CHOICES = dict(kind=('feature', 'words', 'logits', 'dense'), dense_form=tuple(_FORMS), align=('smaller', 'student', 'teacher'),
                 denoiser=('diffusion', 'identity'), trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'),
                 predicts=('noise', 'clean'), mixing=('paper', 'vp'))
 def _check(**given):
@@ -115,15 +117,15 @@ def _check(**given):
 
 def _check_pairs(kind, distance, start, adapter):
     "`ValueError` for options that do not go together"
-    if kind == 'logits' and distance == 'cwd':
-        raise ValueError("distance 'cwd' compares positions of maps, and logits have one: use 'kl' or 'dist'.")
+    if kind in ('logits', 'words') and distance == 'cwd':
+        raise ValueError(f"distance 'cwd' compares positions of maps, and {kind} have one each: use 'kl' or 'dist'.")
     if start == 'gamma' and not adapter:
         raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
 
 def _usual(kind, output):
     "Distance where nobody says"
     classes = not callable(output) and SCORES[output or 'classes'] == 'classes'
-    return 'mse' if kind == 'feature' else 'dist' if kind == 'dense' and classes else 'kl'
+    return 'mse' if kind in ('feature', 'words') else 'dist' if kind == 'dense' and classes else 'kl'
 
 def _least_widths(n):
     "Smallest inner widths of denoiser and adapter"
@@ -134,15 +136,15 @@ def _least_widths(n):
 @patch
 def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter, denoiser, norms):
     "Autoencoder, projections, adapter, denoiser and schedule, made in this order"
-    maps = self.kind != 'logits'
-    wide = latent_width(teacher_channels, latent) if self.kind == 'feature' else None
+    maps, norm = self.kind != 'logits', PaddedNorm if self.kind == 'words' else nn.BatchNorm2d
+    wide = latent_width(teacher_channels, latent) if self.kind in ('feature', 'words') else None
     L = self.width = wide or teacher_channels
-    self.autoencoder = LinearAutoencoder(teacher_channels, L) if wide else None
+    self.autoencoder = LinearAutoencoder(teacher_channels, L, norm) if wide else None
     self.project_in = nn.Conv2d(student_channels, L, 1) if maps else nn.Linear(student_channels, L)
     self.adapter = NoiseAdapter(L, self.form, self.least[1]) if adapter else None
     self.denoiser = Denoiser(L, self.form, self.least[0]) if denoiser == 'diffusion' else None
     self.norms = own_norms(self.denoiser) if norms == 'separate' and self.denoiser is not None else None
-    out = [nn.Conv2d(L, L, 1), nn.BatchNorm2d(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
+    out = [nn.Conv2d(L, L, 1), norm(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
     self.project_out = nn.Sequential(*out)
     self.schedule = NoiseSchedule()
 
@@ -165,6 +167,7 @@ def draw(self:DiffKD,
 @patch
 def aligned(self:DiffKD, student, teacher):
     "Both sides at one size; logits as scores"
+    if self.kind == 'words': return split_mark(student)[0], split_mark(teacher)[0]
     if self.kind == 'logits': student, teacher = student.flatten(1), teacher.flatten(1)
     else: student, teacher = align_maps(student, teacher, self.align)
     return (student, teacher) if self.scores is None else self.scores(student, teacher)
@@ -172,8 +175,22 @@ def aligned(self:DiffKD, student, teacher):
 @patch
 def compress(self:DiffKD, teacher):
     "Teacher latent and reconstruction loss (eq. 6)"
-    if self.autoencoder is not None: return self.autoencoder(teacher)
+    if self.autoencoder is not None: return self.autoencoder(teacher, self.words)
     return teacher, teacher.new_zeros((), dtype=torch.float32)
+
+# %% ../nbs/05_diffkd.ipynb #40ca03b8
+@patch
+def words(self:DiffKD,
+    x:Tensor # (B, ...)
+) -> Tensor: # (n, C, 1, 1) of sentences, `x` itself of all else
+    "What losses compare"
+    return x if self.kind != 'words' else words_of(x, self.project_out[1].mask[:, 0, :, 0] > .5)
+
+@patch
+def _by_word(self:DiffKD, loss):
+    "A mean over positions, of which padding gives 0, as one over words"
+    m = self.project_out[1].mask
+    return loss*(m.numel()/m.sum().clamp_min(1))
 
 # %% ../nbs/05_diffkd.ipynb #5bc9c8f9
 @patch
@@ -254,13 +271,24 @@ def forward(self:DiffKD,
                          "Use a larger batch, and drop_last=True if only the last batch is that small. "
                          "[help: batch-of-one]")
     given = self._complete((noise, diffusion_noise, timesteps), student, teacher, draws)
-    z, gamma, target, reconstruction = self.read(student, teacher)
-    x, diffusion = self.begin(z, gamma, given[0]), z.new_zeros((), dtype=torch.float32)
-    if self.denoiser is not None: x, diffusion = self.denoise(x, gamma, target, given[1].view_as(target), given[2])
-    denoised = self.project_out(x)
-    return DiffKDOutput(denoised, target, gamma, self.distance(denoised, target), diffusion, reconstruction)
+    with padding_at(self, split_mark(student)[1]) if self.kind == 'words' else nullcontext():
+        return self._refined(student, teacher, *given)
 
 # %% ../nbs/05_diffkd.ipynb #4cb092c2
+@patch
+def _refined(self:DiffKD, student, teacher, noise, diffusion_noise, t):
+    "The losses of maps with their draws"
+    z, gamma, target, reconstruction = self.read(student, teacher)
+    x, diffusion = self.begin(z, gamma, noise), z.new_zeros((), dtype=torch.float32)
+    if self.denoiser is not None:
+        diffusion_noise, words = diffusion_noise.view_as(target), self.kind == 'words'
+        if words: diffusion_noise = diffusion_noise*self.project_out[1].mask
+        x, diffusion = self.denoise(x, gamma, target, diffusion_noise, t)
+        if words: diffusion = self._by_word(diffusion)
+    denoised = self.project_out(x)
+    kd = self.distance(self.words(denoised), self.words(target))
+    return DiffKDOutput(denoised, target, gamma, kd, diffusion, reconstruction)
+
 @patch
 def _complete(self:DiffKD, given, student, teacher, draws):
     "Draw what is needed and was not given"
@@ -277,13 +305,21 @@ def learn_teacher(self:DiffKD,
 ) -> tuple[Tensor,Tensor]: # Diffusion loss (eq. 3), reconstruction loss (eq. 6)
     "The losses of a batch that need the teacher alone"
     teacher, draws = teacher.detach(), draws or Draws()
-    like = teacher if self.kind == 'logits' else teacher.new_zeros(1, 1, *size).expand(*teacher.shape[:2], -1, -1)
+    if self.kind != 'words': return self._learnt(teacher, size, draws)
+    with padding_at(self, split_mark(teacher)[1]): return self._learnt(teacher, size, draws)
+
+@patch
+def _learnt(self:DiffKD, teacher, size, draws):
+    flat = self.kind in ('logits', 'words')
+    like = teacher if flat else teacher.new_zeros(1, 1, *size).expand(*teacher.shape[:2], -1, -1)
     target, reconstruction = self.compress(self.aligned(like, teacher)[1])
     if self.denoiser is None: return reconstruction.new_zeros(()), reconstruction
     noise = draws.randn(*target.shape, device=target.device)
+    if self.kind == 'words': noise = noise*self.project_out[1].mask
     t = draws.randint(N_TIMES, len(target), device=target.device)
     loss = clean_loss if self.predicts == 'clean' else diffusion_loss
-    return loss(self.denoiser, self.schedule, target, noise, t), reconstruction
+    found = loss(self.denoiser, self.schedule, target, noise, t)
+    return self._by_word(found) if self.kind == 'words' else found, reconstruction
 
 # %% ../nbs/05_diffkd.ipynb #47dccda3
 def trajectory(
@@ -293,12 +329,18 @@ def trajectory(
     draws:Draws|None=None, # Source of the noise; PyTorch's global generator by default
     noise:Tensor|None=None # Noise of the mixed start; drawn if not given
 ) -> dict: # `projected`, `target`, `gamma`; `steps`: features on the way; `out`: these behind the output projection
-    "All features on the way from the student to the denoised student"
+    "All features on the way from the student to the denoised student; of sentences the words in one list"
+    with padding_at(tap, split_mark(student)[1]) if tap.kind == 'words' else nullcontext():
+        return _way(tap, student, teacher, draws, noise)
+
+def _way(tap, student, teacher, draws, noise):
     z, gamma, target, _ = tap.read(student, teacher)
     if tap.adapter is not None and noise is None: noise = (draws or Draws()).randn(*z.shape, device=z.device)
     steps = [tap.begin(z, gamma, noise)]
     if tap.denoiser is not None: tap.walk(steps[0], gamma, path=steps)
-    return dict(projected=z, target=target, gamma=gamma, steps=steps, out=[tap.project_out(s) for s in steps])
+    words = lambda xs: [tap.words(x) for x in xs]
+    return dict(projected=tap.words(z), target=tap.words(target), gamma=gamma, steps=words(steps),
+                out=words(tap.project_out(s) for s in steps))
 
 # %% ../nbs/05_diffkd.ipynb #c588bb0c
 def _check_pretrain(n, taps):
@@ -313,7 +355,7 @@ class DiffKDDistiller(Distiller):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
     loss_names, stat_names = ('kd', 'diffusion', 'reconstruction'), ('gamma',)
     default_taps, takes = ['feature', 'logits'], dict(feature=(0, math.inf), logits=(0, math.inf))
-    dense, dense_taps = True, ['logits']
+    dense, dense_taps, by_word = True, ['logits'], True
     use = 'Where student and teacher differ much, and a dearer step is fine.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
@@ -339,7 +381,8 @@ class DiffKDDistiller(Distiller):
         self.paced = self.hard_labels = paced
         self.judge = next((t.name for t in plan if t.kind == 'logits'), None)
         if paced: check_paced(plan)
-        losses, kinds = dict(feature=feature_loss, logits=logits_loss, dense=dense_loss), [t.form for t in plan]
+        losses = dict(feature=feature_loss, words=feature_loss, logits=logits_loss, dense=dense_loss)
+        kinds = [t.form for t in plan]
         self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], kind, output=t.output,
                                          distance=distances.get(t.name, losses[kind]), **kwargs)
                                   for t,kind in zip(plan, kinds))
@@ -395,6 +438,6 @@ def columns(self:DiffKDDistiller) -> dict: # Header to one value per tap
             'added parameters': [f'{sum(p.numel() for p in t.parameters()):,}' for t in self.taps]}
 
 @patch
-def pieces(self:DiffKDDistiller) -> list: # The taps
+def pieces(self:DiffKDDistiller) -> list: # The taps, but for sentences, whose length changes
     "What `torch.compile` is applied to: random numbers are drawn outside"
-    return list(self.taps)
+    return [t for t in self.taps if t.kind != 'words']

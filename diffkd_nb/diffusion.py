@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .rng import Draws
+from .padding import PaddedNorm
 from .noise_adapter import Bottleneck, at_positions
 from .shared_linear import SharedLinear
 
@@ -48,14 +49,16 @@ class Denoiser(nn.Module):
     "Guesses the noise in a noisy teacher feature: epsilon_theta of eq. 3"
     def __init__(self,
         channels:int, # Latent width L
-        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'logits'` for (B, L) or each position of a map
+        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` for (B, L) or each position
         least:int=1 # Smallest inner width of the bottlenecks
     ):
         super().__init__()
         L, self.kind = channels, kind
         self.time = nn.Embedding(1280, L)
-        if kind == 'feature':
-            self.net = nn.Sequential(Bottleneck(L, 4, least), Bottleneck(L, 4, least), nn.Conv2d(L, L, 1), nn.BatchNorm2d(L))
+        if kind != 'logits':
+            words = kind == 'words'
+            blocks = [Bottleneck(L, 4, least, words) for _ in range(2)]
+            self.net = nn.Sequential(*blocks, nn.Conv2d(L, L, 1), (PaddedNorm if words else nn.BatchNorm2d)(L))
         else:
             def up(): return [SharedLinear(L, 4*L), nn.BatchNorm1d(4*L), nn.ReLU(inplace=True), SharedLinear(4*L, L)]
             self.net = nn.Sequential(*up(), nn.BatchNorm1d(L), *up())
@@ -70,7 +73,7 @@ def embed(self:Denoiser, t:Tensor) -> Tensor: # (n, L)
 def predict(self:Denoiser, x:Tensor, emb:Tensor) -> Tensor: # The shape of `x`
     "Guess the noise in `x`, given its times' vectors, (B, L) or (1, L)"
     x = x + (emb[..., None, None] if x.dim() == 4 else emb)
-    return self.net(_as_computed(x)) if self.kind == 'feature' else at_positions(self.net, x)
+    return at_positions(self.net, x) if self.kind == 'logits' else self.net(_as_computed(x))
 
 def _as_computed(x):
     "Under autocast on the CPU, a map in the precision that the layers compute in, once in place of once a layer"

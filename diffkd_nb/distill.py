@@ -343,7 +343,7 @@ def distillation_report(self:Learner,
     if kd is not None and kd.plan is None: kd = None        # not trained yet
     name = next((m.name for m in self.metrics), 'valid_loss')
     with same_rng(*self.dls.loaders):
-        own, other, agreement = _both(self, kd, teacher)
+        own, other, agreement, why = _both(self, kd, teacher)
         if isinstance(alone, Learner): alone = _measured(alone, None)[0][name]
         costs = _cost_rows(self, kd, teacher, seconds)
     rows = {name: (_text(name, alone), _text(name, own[name]), _text(name, other.get(name)))}
@@ -351,8 +351,9 @@ def distillation_report(self:Learner,
     table = pd.DataFrame.from_dict({**rows, **costs}, orient='index', columns=['student alone', 'student', 'teacher'])
     if table.teacher.isin(['', '-']).all(): table = table.drop(columns='teacher')
     tested = _sentences(comparison) or _against_alone(name, own[name], alone)
+    limits = [f'The teacher has no figure: {why}.'] if why else []
     return DistillationReport(table, [_summary(name, own, other), *tested],
-                              _limits(self, name, own[name], comparison is not None), comparison)
+                              [*limits, *_limits(self, name, own[name], comparison is not None)], comparison)
 
 # %% ../nbs/33_distill.ipynb #29955a1b
 def _summary(name, own, other):
@@ -370,22 +371,34 @@ def _model_of(teacher):
     model = getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher
     return None if isinstance(model, NoTeacher) else model
 
+# %% ../nbs/33_distill.ipynb #17de7c88
 def _both(learn, kd, teacher):
-    "Metrics of student and teacher, and their agreement"
+    "Metrics of student and teacher, their agreement, and why the teacher has none"
     try: kind = output_kind(learn.loss_func, None if kd is None else kd.output)
     except ValueError: kind = None
     decide = _decide(kind)
     own, mine = _measured(learn, decide)
     model = _model_of(teacher if kd is None else kd.teacher)
-    if model is None: return own, {}, None
+    if model is None: return own, {}, None, ''
     asked = _Teacher(kd) if kd is not None else model
     at, modes = _device(model), {m: m.training for m in model.modules()}
-    try: other, theirs = _measured(student_learner(learn, asked.to(_device(learn.model))), decide)
-    except (RuntimeError, IndexError, ValueError): return own, {}, None     # other classes than the metric's
+    try:
+        if why := _other_outputs(learn, kd, asked.to(_device(learn.model)), mine): return own, {}, None, why
+        other, theirs = _measured(student_learner(learn, asked), decide)
+    except (RuntimeError, IndexError, ValueError) as e:
+        return own, {}, None, f"it cannot be measured with this Learner's loss and metrics ({type(e).__name__})"
     finally:
         model.to(at)
         for m,training in modes.items(): m.training = training
-    return own, other, _agreement(mine, theirs)
+    return own, other, _agreement(mine, theirs), ''
+
+def _other_outputs(learn, kd, teacher, mine):
+    "Why the metrics say nothing about a teacher, '' where they do"
+    out = tensors_of([_answer(teacher, _batch(learn)[0])])[0]
+    n = out.shape[1] if out.dim() > 1 else 1
+    if n != mine.width: return f"it gives {n:,} outputs and the student {mine.width:,}, so its classes are not the metric's"
+    order = None if kd is None else kd.classes
+    return '' if order is None or list(order) == list(range(n)) else "its classes stand in another order, as classes= says"
 
 # %% ../nbs/33_distill.ipynb #45bd19c5
 def _cost_rows(learn, kd, teacher, seconds):

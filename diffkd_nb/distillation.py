@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
+from .padding import PaddedNorm
 from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
@@ -102,6 +103,7 @@ class CustomMethod:
         source = getattr(distiller, 'func', distiller)
         self.distiller,self.needs = distiller,tuple(getattr(source, 'needs', ()))
         self.default_taps,self.of_maps = (getattr(source, k, None) for k in ('default_taps', 'dense_taps'))
+        self.by_word = getattr(source, 'by_word', False)
         self.name,self.task_weight = getattr(source, '__name__', type(source).__name__),1.
 
     def __str__(self): return self.name
@@ -200,7 +202,7 @@ class Distillation:
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: class scores by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'bf16'`: in bfloat16, see `ENGINES`
+        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'compile'`, `'bf16'`: see `ENGINES`
         **options # Options of a method that is named
     ):
         self.method = as_method(method, options)
@@ -214,7 +216,7 @@ class Distillation:
         self.draws,self._lent,self._recording,self.writes_inputs = Draws(),None,False,False
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
         self.waiting = self.same_data = None    # a state that came before the plan; tells whether the data are the memory's
-        self.teacher_engine,self.engine,self._may_fold = teacher_engine,None,False
+        self.teacher_engine,self.engine,self._may_fold,self._may_compile = teacher_engine,None,False,False
         self.engine_note = 'bf16' if teacher_engine == 'bf16' else 'plain'      # which one answers, and why
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
 
@@ -299,7 +301,7 @@ def _find_taps(self:Distillation, xb, taps, dense_taps=None):
     teacher = deepcopy(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
-                     output=self.output, classes=self.classes, dense_taps=dense_taps)
+                     output=self.output, classes=self.classes, dense_taps=dense_taps, by_word=self.method.by_word)
     dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
@@ -373,7 +375,7 @@ def start(self:Distillation,
     device=None, # Where to train; where the student is by default
     part:tuple=(0, 1), # Number of this process, number of processes
     sync_bn:bool=False, # Compute the method's BatchNorm statistics over all processes (CUDA)
-    engine:bool=True # False: `teacher_engine='auto'` does not pay, the training is too short
+    engine:bool|str=True # False: the training is too short for `'auto'` and `'compile'`; `'folded'`: for compiling
 ):
     "Bring method and teacher to the device, the teacher in eval mode; may be called again for each epoch"
     dev = torch.device(device) if device is not None else next(self.student.parameters()).device
@@ -384,7 +386,8 @@ def start(self:Distillation,
     if part[1] > 1: self._agree(dev, sync_bn)
     if self._lent is None: self._lent = self._state_of_teacher(dev)
     self.teacher.to(dev).eval()
-    self._may_fold = engine and self.teacher_engine == 'auto' and self.engine is None
+    self._may_fold = bool(engine) and self.teacher_engine in ('auto', 'compile') and self.engine is None
+    self._may_compile = engine is True and self.teacher_engine == 'compile'
     self.tally.reset(dev)
 
 @patch
@@ -481,8 +484,18 @@ def _fold(self:Distillation, xb):
     "Let a folded copy of the teacher answer, until `finish`"
     self._may_fold = False
     if self.writes_inputs: self.engine_note = 'plain, since the teacher writes into its input'; return
-    self.engine, why = make_engine(self.teacher, {t.name: t.teacher for t in self.plan}, xb)
+    places = {t.name: t.teacher for t in self.plan}
+    self.engine, why = make_engine(self.teacher, places, xb, unfolded=self._may_compile)
     self.engine_note = why and f'plain, since {why}' or 'folded'
+    if self.engine is not None and self._may_compile: self._compile(xb)
+
+@patch
+def _compile(self:Distillation, xb):
+    "Compile the copy; where that fails it answers as it is, unless nothing was folded"
+    folded, why = self.engine.folded, self.engine.compile(xb)
+    if why and not folded: self.engine = None
+    kind = 'folded' if folded else 'plain' if why else 'compiled'
+    self.engine_note = f'{kind}, since {why}' if why else 'folded and compiled' if folded else kind
 
 # %% ../nbs/08_distillation.ipynb #d8f91e6d
 @patch
@@ -546,7 +559,8 @@ def try_again(self:Distillation,
 @patch
 def _agree(self:Distillation, dev, sync_bn):
     "Take the first process's weights, statistics and random state"
-    if sync_bn: self.distiller = nn.SyncBatchNorm.convert_sync_batchnorm(self.distiller)
+    if sync_bn and not any(isinstance(m, PaddedNorm) for m in self.distiller.modules()):
+        self.distiller = nn.SyncBatchNorm.convert_sync_batchnorm(self.distiller)
     self._student_capture = Capture(self.student, {t.name: t.student for t in self.plan})    # modules may be new
     for t in self.distiller.state_dict().values():
         whole = t.contiguous()

@@ -140,6 +140,7 @@ class Distiller(nn.Module):
     needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`
     outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
     dense = False # Whether logits may be maps (B, K, H, W)
+    by_word = False # Whether sentences may be compared word by word: it then gets `marked_words` and leaves padding out
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
     teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice

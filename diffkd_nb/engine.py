@@ -6,16 +6,20 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/engine.html.md"""
 
 # %% ../nbs/07c_engine.ipynb #43b31a29
 from __future__ import annotations
+import signal, threading
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .taps import Capture, Place
+from .taps import Capture, Place, tensors_of
 
 # %% auto #0
-__all__ = ['ENGINES', 'ENGINES_TEXT', 'foldable', 'fold', 'TeacherEngine', 'make_engine']
+__all__ = ['ENGINES', 'ENGINES_TEXT', 'COMPILE_SECONDS', 'foldable', 'fold', 'TeacherEngine', 'make_engine', 'TimeUp',
+           'can_limit', 'time_limit']
 
 # %% ../nbs/07c_engine.ipynb #59171516
 _CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -73,32 +77,95 @@ class TeacherEngine(nn.Module):
     ):
         super().__init__()
         self.model = fold(teacher, xb, [p.name for p in places.values()])
+        norms = lambda model: sum(isinstance(m, _BatchNorm) for m in model.modules())
+        self.folded = norms(teacher) - norms(self.model)        # BatchNorms that are gone
         self.capture = Capture(self.model, places)
+        self.compiled,self.shapes = None,()
 
     def forward(self, *xb) -> dict: # Tap name to (B, C, H, W), without gradient
-        with torch.no_grad(), self.capture:
-            self.capture.note_output(self.model(*xb))
-            return self.capture.maps()
+        with torch.no_grad():
+            same = self.compiled is not None and _shapes(xb) == self.shapes
+            if self.compiled is not None: return self._answer(self.compiled if same else self.model, xb)
+            with self.capture: return self._answer(self.model, xb)
+
+    def _answer(self, run, xb):
+        self.capture.forget()
+        self.capture.note_output(run(*xb))
+        maps = self.capture.maps()
+        self.capture.forget()
+        return maps
+
+def _shapes(xb): return [tuple(t.shape) for t in tensors_of(list(xb))]
 
 # %% ../nbs/07c_engine.ipynb #3eb531bf
 ENGINES = dict( # How the teacher of a distillation may answer
     plain='itself',
     auto='by a folded copy in long trainings, equal to rounding',
+    compile='by a folded copy that is compiled, in longer trainings; within a time limit',
     bf16='in bfloat16 also where the student is in float32')
-ENGINES_TEXT = "'plain', 'auto' or 'bf16'"
+ENGINES_TEXT = "'plain', 'auto', 'compile' or 'bf16'"
+
+def _off(got, want):
+    "Largest difference of two answers, relative to the largest value of a map"
+    return max(((got[n] - w).abs().max()/w.abs().max().clamp(min=1e-12)).item() for n,w in want.items())
 
 def make_engine(
     teacher:nn.Module, # In eval mode; left as it is
     places:Mapping[str,Place], # Tap name to place
     xb:Sequence[Tensor], # Inputs of the teacher
-    tolerance:float=1e-4 # Largest difference, relative to the largest value of a map
+    tolerance:float=1e-4, # Largest difference, relative to the largest value of a map
+    unfolded:bool=False # Make one also where no BatchNorm can be folded, to be compiled
 ) -> tuple[TeacherEngine|None,str]: # The engine; where there is none, why
     "An engine that gives what the teacher gives, up to rounding"
     if any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules()): return None, 'the teacher has hooks'
-    with torch.autocast(xb[0].device.type, enabled=False), torch.no_grad():
+    with torch.autocast(tensors_of(list(xb))[0].device.type, enabled=False), torch.no_grad():
         engine, plain = TeacherEngine(teacher, places, xb), Capture(teacher, places)
         with plain: plain.note_output(teacher(*xb)); want = plain.maps()
         got = engine(*xb)
-    if not any(isinstance(m, nn.Identity) for m in engine.model.modules()): return None, 'no BatchNorm can be folded'
-    off = max(((got[n] - w).abs().max()/w.abs().max().clamp(min=1e-12)).item() for n,w in want.items())
+    if not engine.folded and not unfolded: return None, 'no BatchNorm can be folded'
+    off = _off(got, want)
     return (engine, '') if off <= tolerance else (None, f'folded it differs by {off:.1e}')
+
+# %% ../nbs/07c_engine.ipynb #c2b15cc3
+class TimeUp(BaseException): "Raised inside `time_limit`"
+
+def can_limit() -> bool:
+    "Whether `time_limit` works here: in the main thread, not on Windows"
+    return hasattr(signal, 'setitimer') and threading.current_thread() is threading.main_thread()
+
+@contextmanager
+def time_limit(
+    seconds:float # More than 0
+):
+    "Raise `TimeUp` inside the block when the time is over"
+    def end(*unused): raise TimeUp
+    handler, timer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+# %% ../nbs/07c_engine.ipynb #38a87512
+COMPILE_SECONDS = 120. # Compiling may take so long
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 36*2**-8, torch.float16: 36*2**-11} # Of a teacher of some twenty layers
+
+@patch
+def compile(self:TeacherEngine,
+    xb:Sequence[Tensor], # Inputs of the teacher; what is compiled answers for these shapes
+    seconds:float=COMPILE_SECONDS # Time limit
+) -> str: # '' where it is compiled, else why not
+    "Compile the copy, with the taps in place, and compare it with what it was"
+    if not can_limit(): return 'compiling has no time limit here'
+    want = self(*xb)
+    self.capture.attach()
+    try:
+        run = torch.compile(self.model, dynamic=False)
+        with time_limit(seconds), torch.no_grad(): got = self._answer(run, xb)
+        off, kind = _off(got, want), next(iter(want.values())).dtype
+        why = '' if off <= _ROUNDING.get(kind, 1e-4) else f'compiled it differs by {off:.1e}'
+    except TimeUp: why = f'compiling took more than {seconds:g} s'
+    except Exception as e: why = f'it cannot be compiled ({type(e).__name__})'
+    if why: self.capture.detach()
+    else: self.compiled,self.shapes = run,_shapes(xb)
+    return why

@@ -43,18 +43,20 @@ class Cell(NamedTuple):
 def grid_cells(
     pairs:list, # (teacher, student) pairs
     methods:list, # See `parse_method`
-    seeds:int|list # How many, or which
+    seeds:int|list|dict # How many, or which; or method to these, where methods differ
 ) -> list[Cell]: # Seed by seed, so that early results are already paired
     "All cells of a grid; `InputError` for an empty or repeated part"
     pairs, methods = [tuple(p) for p in pairs], [str(parse_method(m)) for m in methods]
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    which = lambda n: list(range(n)) if isinstance(n, int) else list(n)
+    own = {str(parse_method(m)): which(n) for m,n in seeds.items()} if isinstance(seeds, dict) else {}
+    seeds = list(dict.fromkeys(s for n in own.values() for s in n)) if own else which(seeds)
     for what,v in (('pairs', pairs), ('methods', methods), ('seeds', seeds)):
         if not v: raise InputError(f"{what} is empty: name at least one.")
         if len(set(v)) < len(v): raise InputError(f"{what} lists something twice: {v}.")
     for p in pairs:
         if len(p) == 2: continue
         raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
-    return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods]
+    return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods if s in own.get(m, seeds)]
 
 # %% ../nbs/26_grid.ipynb #70d38aac
 def _work(cells, sources=None): # Folder to the error of a cell that cannot be run

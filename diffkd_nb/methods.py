@@ -268,6 +268,13 @@ def needs(self:Method) -> tuple: # Names of fields of `Context`, and 'draws' and
     "What the method asks for"
     return () if self.name == 'alone' else tuple(get_method(self.name).needs)
 
+@patch(as_prop=True)
+def by_word(self:Method) -> bool:
+    "Whether all parts that compare features leave the padding of sentences out"
+    if self.name == 'alone': return False
+    classes = [METHODS[n] for n in self.name.split('+')]
+    return any(c.by_word for c in classes) and all(c.by_word or c.default_taps == ['logits'] for c in classes)
+
 # %% ../nbs/07a_methods.ipynb #db1cb433
 @patch
 def make(self:Method,

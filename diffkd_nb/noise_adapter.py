@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
+from .padding import PaddedNorm, WordMean
 
 # %% auto #0
 __all__ = ['Bottleneck', 'at_positions', 'NoiseAdapter', 'mix']
@@ -19,13 +20,15 @@ class Bottleneck(nn.Module):
     def __init__(self,
         channels:int, # Channels C in and out
         reduction:int=4, # The inner width is C // reduction
-        least:int=1 # But not less than this
+        least:int=1, # But not less than this
+        words:bool=False # Over the words of sentences (B, C, N, 1): convolutions of width 1, 3, 1, padding left out
     ):
         super().__init__()
-        c = max(channels//reduction, least)
-        self.block = nn.Sequential(nn.Conv2d(channels, c, 1), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
-                                   nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
-                                   nn.Conv2d(c, channels, 1), nn.BatchNorm2d(channels))
+        c, norm = max(channels//reduction, least), PaddedNorm if words else nn.BatchNorm2d
+        size, around = ((3, 1), (1, 0)) if words else (3, 1)
+        self.block = nn.Sequential(nn.Conv2d(channels, c, 1), norm(c), nn.ReLU(inplace=True),
+                                   nn.Conv2d(c, c, size, padding=around), norm(c), nn.ReLU(inplace=True),
+                                   nn.Conv2d(c, channels, 1), norm(channels))
 
     def forward(self, x:Tensor) -> Tensor: return x + self.block(x)
 
@@ -44,18 +47,19 @@ class NoiseAdapter(nn.Module):
     "Predicts the share gamma of the student's feature in the mixed start (paper, eq. 8), one scalar per sample"
     def __init__(self,
         channels:int, # Latent width L
-        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'logits'` for (B, L) or each position of a map
+        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` for (B, L) or each position
         least:int=1 # Smallest inner width of the bottleneck
     ):
         super().__init__()
         L, self.kind = channels, kind
         if kind == 'feature': self.body = nn.Sequential(Bottleneck(L, 8, least), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        elif kind == 'words': self.body = nn.Sequential(Bottleneck(L, 8, least, words=True), WordMean())
         else: self.body = nn.Sequential(nn.Linear(L, 2*L), nn.BatchNorm1d(2*L), nn.ReLU(inplace=True),
                                         nn.Linear(2*L, L), nn.BatchNorm1d(L))
         self.head = nn.Linear(L, 2)
 
     def forward(self, z:Tensor) -> Tensor: # gamma, (B,), float32, between 0 and 1
-        x = self.body(z) if self.kind == 'feature' else at_positions(self.body, z)
+        x = at_positions(self.body, z) if self.kind == 'logits' else self.body(z)
         return self.head(x if x.dim() == 2 else x.mean((2, 3))).float().softmax(1)[:, 0]
 
 # %% ../nbs/01_noise_adapter.ipynb #66e6b9fd

@@ -345,7 +345,7 @@ def run(
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True, # Show a progress bar
     amp:str|None=None, # An older name of `precision`
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers; `'bf16'`: in bfloat16, see `ENGINES`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers; `'compile'`, `'bf16'`: see `ENGINES`
 ) -> dict: # The manifest
     "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,

@@ -38,7 +38,18 @@ def teacher_parts(
     "The teachers that a description names"
     if isinstance(spec, (list, tuple)): return tuple(p for s in spec for p in teacher_parts(s))
     if not isinstance(spec, (str, Path)): return (spec,)
-    return tuple(p.strip() for p in re.split(r'\+(?=[^+@/\\]+@)', str(spec)))
+    found, first, *rest = [], *str(spec).split('+')
+    for i,piece in enumerate(rest):
+        if '@' in first and _begins(piece, rest[i+1:]): found.append(first); first = piece
+        else: first += f'+{piece}'
+    return tuple(p.strip() for p in (*found, first))
+
+def _begins(piece, later):
+    "Whether what follows a `+` begins another teacher: a name, perhaps with options that hold a `+` too, before an `@`"
+    name, at, _ = piece.partition('@')
+    name, option, _ = name.partition('?')
+    known = bool(name.strip()) and (':' in name or not re.search(r'[/\\]', name))
+    return known and bool(at or option and any('@' in p for p in later))
 
 def teacher_name(
     spec # As for `teacher_parts`
@@ -62,7 +73,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; or `'bf16'`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; `'compile'`, `'bf16'`
 
     def __post_init__(self): self._check()
 
@@ -317,5 +328,6 @@ def plan(self:Opened) -> list: # Of `Tap`; empty for a student that learns alone
         xb = xb if isinstance(xb, tuple) else (xb,)
         seen = None if self.transform is None else tuple(map(self.transform, xb))
         try: return plan_taps(student, self.teacher.model, *xb, taps=self.taps, teacher_xb=seen,
-                              dense_taps=self.setup.method.dense_taps(self.setup.taps))
+                              dense_taps=self.setup.method.dense_taps(self.setup.taps),
+                              by_word=self.setup.method.by_word)
         except ValueError as e: raise InputError(str(e)) from None

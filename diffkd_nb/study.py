@@ -7,14 +7,14 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/study.html.md"""
 # %% ../nbs/32_study.ipynb #54a6956f
 from __future__ import annotations
 import math, sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from .commands import add_fields, at_least, guarded
 from .comparison import Comparison, compare
 from .files import InputError
-from .methods import parse_method
+from .methods import METHODS, parse_method
 from .recipes import OneCycle, Recipe, get_recipe
 from .setup import choose_device
 from .statistics import contrasts
@@ -41,7 +41,13 @@ SETTINGS = { # Settings by name
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16'), 15., 'size=180x240&valid=test')}
-SETTINGS['S2 held out'] = replace(SETTINGS['S2'], name='S2 held out', query='holdout=500')
+def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
+_like('S2', 'S2 held out', query='holdout=500')
+_like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
+_like('S2', 'S4', recipe=get_recipe('text').replace(epochs=3, batch_size=128), kind='sst2', query='split=test',
+      core_minutes=5.)
+_like('S4', 'S4 TextCNN', student='textcnn', core_minutes=3.)
+_like('S2 held out', 'S5', teacher='bigru', student='textcnn')
 
 # %% ../nbs/32_study.ipynb #0993cce8
 SETTINGS['S3'].options['keep_distiller'] = True
@@ -56,6 +62,9 @@ class Question:
     variants:dict # Short name to a method, see `parse_method`
     differences:tuple # Pairs of short names, first minus second, tested together
     seeds:tuple # Used for this question alone
+    fewer:dict=field(default_factory=dict) # Variant to the number of the first seeds, where it gets fewer than all
+
+    def seeds_of(self, variant): return self.seeds[:self.fewer.get(variant, len(self.seeds))]
 
 # %% ../nbs/32_study.ipynb #3460b4e7
 _IDENTITY = 'denoiser=identity'
@@ -65,6 +74,10 @@ _TEXT = { # Variants of the question about sentences
     'feature': 'diffkd:taps=feature', 'feature identity': f'diffkd:{_IDENTITY},taps=feature',
     'KD + DiffKD': 'kd+diffkd:taps=feature',
     'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature'}
+_BESIDE = ( # What answers a question about sentences
+    ('DiffKD', 'identity'), ('logits', 'logits identity'), ('feature', 'feature identity'),
+    ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'KD'), ('DiffKD', 'alone'), ('DiffKD', 'DIST'))
+_TEXT_MORE = {**_TEXT, 'FitNet': 'fitnet'}, (*_BESIDE, ('feature', 'FitNet')) # Of the later pairs
 
 # %% ../nbs/32_study.ipynb #d14db16c
 _ON_KD = 'kd+diffkd:{}taps=feature'
@@ -74,6 +87,15 @@ _LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for nam
     'start by gamma': 'start=gamma', 'start by gamma, variance kept': 'start=gamma,mixing=vp',
     'clean feature': 'predicts=clean'}.items()}}
 
+# %% ../nbs/32_study.ipynb #4b5284bf
+_NAMES = dict(alone='alone', kd='KD', dkd='DKD', dist='DIST', fitnet='FitNet', rkd='RKD', pkt='PKT', crd='CRD', srrl='SRRL',
+              vid='VID', reviewkd='ReviewKD', ofa='OFA', diffkd='DiffKD', ttm='TTM', wttm='WTTM', gdkd='GDKD', taid='TAID',
+              pskd='PS-KD', meal='MEAL V2', fmkt='FM-KT', lshfm='LSHFM', cankd='CanKD', dskd='DSKD', cwd='CWD')
+_EVERY = {**{title: name for name,title in _NAMES.items()}, 'identity': f'diffkd:{_IDENTITY}', # One row a method, and joined ones
+          'KD, standardised': 'kd:zscore=True', 'KD, paced': 'kd:paced=True', 'KD + CRD': 'kd+crd',
+          'KD + DiffKD': 'kd+diffkd:taps=feature', 'DKD + DiffKD': 'dkd+diffkd:taps=feature'}
+_LOOKS_IN = {title: 3 for name,title in _NAMES.items() if name in METHODS and {'teacher', 'features'} & set(METHODS[name].needs)}
+
 # %% ../nbs/32_study.ipynb #3433b7c9
 QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('1', 'Does the denoiser add anything, alone or on top of KD?', 'S1', {
@@ -82,16 +104,23 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'KD + identity': 'kd+diffkd:denoiser=identity,taps=feature'},
         (('DiffKD', 'identity'), ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'alone'),
          ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108))),
-    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT,
-        (('DiffKD', 'identity'), ('logits', 'logits identity'), ('feature', 'feature identity'),
-         ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'KD'), ('DiffKD', 'alone'),
-         ('DiffKD', 'DIST')), tuple(range(200, 210))),
+    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210))),
+    Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE, tuple(range(210, 220))),
+    Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230))),
+    Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE, tuple(range(230, 240))),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
+    Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
+        'alone': 'alone', 'KD': 'kd', 'state': _ON_KD.format(''), 'state, identity': _ON_KD.format(_IDENTITY + ','),
+        'words': 'kd+diffkd:taps=words', 'words, identity': f'kd+diffkd:{_IDENTITY},taps=words'},
+        (('words', 'state'), ('words, identity', 'state, identity'), ('words', 'words, identity'), ('words', 'KD')),
+        tuple(range(310, 316))),
     Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
         'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
-        tuple(range(300, 305))))}
+        tuple(range(300, 305))),
+    Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
+        tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 
 def get_question(
     key:str # A key of `QUESTIONS`
@@ -112,8 +141,9 @@ def cost(self:Question,
     for name,text in self.variants.items():
         own = known[known.method == str(parse_method(text))]
         minutes = own.seconds.mean()/60 if len(own) else setting.core_minutes
-        left = len(self.seeds) - own.seed.isin(self.seeds).sum()
-        rows.append(dict(variant=name, done=len(self.seeds) - left, left=left, minutes=minutes, hours=left*minutes/60))
+        seeds = self.seeds_of(name)
+        left = len(seeds) - own.seed.isin(seeds).sum()
+        rows.append(dict(variant=name, done=len(seeds) - left, left=left, minutes=minutes, hours=left*minutes/60))
     return pd.DataFrame(rows).set_index('variant')
 
 def _on_record(folder):
@@ -175,6 +205,8 @@ def _begun_elsewhere(q, asked, out, graph):
     made = {(m['settings']['seed'], m['settings'].get('graph', False)) for m in Comparison(out).manifests.values()}
     return [s for s in asked if (s, not graph) in made]
 
+_IN_MEMORY = 'digits', 'cifar10', 'cifar100' # Kinds of data whose runs can share a process, see `check_streams`
+
 def _seeds_here(q, asked, out, graph):
     "The seeds to train on this kind of device"
     elsewhere = _begun_elsewhere(q, asked, out, graph)
@@ -204,9 +236,10 @@ def study(
     place = choose_device(device)
     on_gpu = dict(graph=True, eval_batch=2000) if place.type == 'cuda' else {}
     if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
-    executor = 'streams' if on_gpu else 'process' if jobs > 1 or minutes else 'here'
+    each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
+    executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
     how = dict(jobs=jobs, executor=executor, device=str(place))
-    return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), here, s.recipe,
+    return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache,
                    keep_student=[q.seeds[0]], progress=progress, **how, **s.options, **on_gpu)
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
-           'find_layout', 'word_mask', 'masked_mean', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run',
-           'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'first_tensor',
-           'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
-           'gives_maps', 'plan_table', 'Call', 'Capture']
+           'find_layout', 'word_mask', 'masked_mean', 'marked_words', 'to_map', 'eval_mode', 'train_mode', 'Record',
+           'dry_run', 'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'last_words',
+           'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps',
+           'plan_taps', 'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -69,7 +69,7 @@ def picture_aspect(
     return next((t.shape[2]/t.shape[3] for t in tensors_of(inputs) if t.dim() == 4), None)
 
 # %% ../nbs/00_taps.ipynb #dfeba562
-LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'pooled', 'series', 'vector') # Kinds of layouts
+LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'words', 'pooled', 'series', 'vector') # Kinds of layouts
 
 class Layout(NamedTuple):
     "How the output of a tapped module is laid out"
@@ -138,9 +138,12 @@ def _tokens(n, aspect, prefix, grids):
 
 # %% ../nbs/00_taps.ipynb #fd9d0f85
 def word_mask(
-    inputs:Sequence # Inputs of a model
-) -> Tensor|None: # (B, N) bool, true where a word is; None where no input says so
-    "The `attention_mask` of a model's inputs"
+    inputs:Sequence, # Inputs of a model
+    model:nn.Module|None=None # The model, which may tell by a method `word_mask`
+) -> Tensor|None: # (B, N) bool, true where a word is; None where nobody says so
+    "Where the words of a model's inputs are: what the model says, or their `attention_mask`"
+    own = getattr(unwrap(model), 'word_mask', None) if model is not None else None
+    if own is not None: return own(*inputs).bool()
     found = (x.get('attention_mask') for x in inputs if isinstance(x, Mapping))
     return next((m.bool() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
 
@@ -152,18 +155,29 @@ def masked_mean(
     w = mask[..., None].to(x.dtype)
     return (x*w).sum(1)/w.sum(1).clamp_min(1)
 
+def marked_words(
+    x:Tensor, # (B, N, C)
+    mask:Tensor # (B, N) bool, true where a word is
+) -> Tensor: # (B, C + 1, n, 1): padding is 0, and the last channel is 1 where a word is; n is cut to the longest sentence
+    "Words side by side, with a channel that says where they are"
+    there = mask.any(0).nonzero()
+    span = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 1)
+    x, mask = x[:, span], mask[:, span, None]
+    return torch.cat([x.masked_fill(~mask, 0), mask.to(x.dtype)], -1).transpose(1, 2)[..., None]
+
 # %% ../nbs/00_taps.ipynb #aeea65ad
 def to_map(
     x:Tensor, # Output of a tapped module
     layout:Layout, # Its layout, from `find_layout`
     grid:tuple|None=None, # (h, w) of tokens; from the layout's aspect if not given
-    mask:Tensor|None=None # (B, N), true where a `'pooled'` sequence has a word
+    mask:Tensor|None=None # (B, N), true where a sequence has a word, for `'words'` and `'pooled'`
 ) -> Tensor: # (B, C, H, W)
     "Bring the output of a tapped module into the form (B, C, H, W)"
     if layout.kind == 'vector': return x.flatten(1)[..., None, None]
     if layout.kind == 'map': return x
     if layout.kind == 'channels_last': return x.permute(0, 3, 1, 2)
     if layout.kind == 'sequence': return x.transpose(1, 2)[..., None]
+    if layout.kind == 'words': return marked_words(x, mask)
     if layout.kind == 'pooled': return masked_mean(x, mask)[..., None, None]
     if layout.kind == 'series': return x[..., None]
     x = x[:, layout.prefix:]
@@ -368,6 +382,19 @@ def last_feature(
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return _numbered(records)[max(i for i in maps if not pools or i < pools[-1])]
 
+# %% ../nbs/00_taps.ipynb #335f872e
+def last_words(
+    records:Sequence[Record], # From `dry_run`
+    mask:Tensor|None # (B, N), true where a word is
+) -> str: # Dotted name
+    "Name of the module that gives the last states of words (B, N, C); `ValueError` where there is none"
+    if mask is None:
+        raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), or a model "
+                         "with a method word_mask. Name two modules, or use 'feature'.")
+    fits = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3 and r.output.shape[:2] == mask.shape]
+    if fits: return _numbered(records)[fits[-1]]
+    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'.")
+
 # %% ../nbs/00_taps.ipynb #b0c15edf
 def _map_size(model, records, i, aspect):
     "(h, w) of a record that is a map of more than one position, None for anything else"
@@ -462,8 +489,9 @@ class Tap(NamedTuple):
     output:str|None=None # What logits mean: 'classes', 'labels', 'values', 'probabilities', see `output_kind`
 
     @property
-    def form(self) -> str: # 'feature', 'logits' or 'dense'
-        "The kind; `'dense'` for scores at many positions, as in segmentation"
+    def form(self) -> str: # 'feature', 'words', 'logits' or 'dense'
+        "The kind; `'dense'` for scores at many positions, as in segmentation, `'words'` for words side by side"
+        if self.student.layout.kind == 'words': return 'words'
         return 'dense' if self.kind == 'logits' and tuple(self.student.shape[1:]) != (1, 1) else self.kind
 
 # %% ../nbs/00_taps.ipynb #ddc0cf68
@@ -598,10 +626,11 @@ def _as_list(taps):
     if len(taps): return taps
     raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
 
-def _requests(taps, s_rec, t_rec, stages, key=None):
+def _requests(taps, s_rec, t_rec, stages, words, key=None):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name, two layouts)`"
     for t in _as_list(taps):
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec), (None, None)
+        elif t == 'words': yield 'words', 'feature', *words(), (None, None)
         elif t == 'logits': yield 'logits', 'logits', class_map(s_rec, key), class_map(t_rec, key), (None, None)
         elif t in ('stages', 'exits'):
             ss, ts = stages()
@@ -618,7 +647,7 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', (student name, teacher name), (student name, "
+        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', (student name, teacher name), (student name, "
                          f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
@@ -636,7 +665,7 @@ def check_taps(
     check_pair(student, teacher)
     seen = []
     for t in _as_list(taps):
-        if isinstance(t, str) and t in ('feature', 'logits', 'stages', 'exits'): name = t
+        if isinstance(t, str) and t in ('feature', 'words', 'logits', 'stages', 'exits'): name = t
         else:
             name, _, s, u, layouts = named_tap(t)
             get_module(student, _call(s)[0], 'student'), get_module(teacher, _call(u)[0], 'teacher')
@@ -653,7 +682,8 @@ def plan_taps(
     output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
     output=None, # What logits mean, see `output_kind`
     classes:Sequence|None=None, # For each output of the student the number of the teacher's, or None; the same by default
-    dense_taps:Sequence|None=None # In place of `taps` where the student's output is a map of scores; `taps` by default
+    dense_taps:Sequence|None=None, # In place of `taps` where the student's output is a map of scores; `taps` by default
+    by_word:bool=False # Whether the method leaves padding out of sentences, so that words can be compared side by side
 ) -> list[Tap]: # The pairs, checked
     "Find and check the places to compare; raises `ValueError` or `TypeError` with what would have been right"
     check_taps(student, teacher, taps)
@@ -662,13 +692,14 @@ def plan_taps(
     s_asp, t_asp, plan = picture_aspect(list(xb)), picture_aspect(list(teacher_xb)), []
     if dense_taps is not None and gives_maps(s_rec): taps = dense_taps
     stages = lambda: (stage_features(student, s_rec, aspect=s_asp), stage_features(teacher, t_rec, aspect=t_asp))
-    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, output_key):
+    words = lambda: [last_words(r, word_mask(x, m)) for m,x,r in ((student, xb, s_rec), (teacher, teacher_xb, t_rec))]
+    for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, words, output_key):
         if kind is None: kind = 'logits' if _is_output(s_rec, s) and _is_output(t_rec, t) else 'feature'
-        place = _place(student, s_rec, s, 'student', s_asp, kind, layouts[0], output_key)
+        as_read = ['sequence' if l in _SENTENCES else l for l in layouts]
+        place = _place(student, s_rec, s, 'student', s_asp, kind, as_read[0], output_key)
         if train is not None: place = in_training(place, student, train, output_key)
-        other = _place(teacher, t_rec, t, 'teacher', t_asp, kind, layouts[1], output_key)
-        if layouts[0] is None: place = _by_words(place, xb)
-        if layouts[1] is None: other = _by_words(other, teacher_xb)
+        other = _place(teacher, t_rec, t, 'teacher', t_asp, kind, as_read[1], output_key)
+        place, other = _of_sentences((place, other), layouts, ((student, xb), (teacher, teacher_xb)), by_word)
         if kind == 'logits' and classes is not None: place, other = _matched(place, other, list(classes))
         tap = Tap(name, kind, place, other, output if kind == 'logits' else None)
         _check_tap(tap, plan)
@@ -676,11 +707,33 @@ def plan_taps(
     return plan
 
 # %% ../nbs/00_taps.ipynb #d587d75c
-def _by_words(place, inputs):
-    "A sequence of words that the inputs mark is compared by its mean"
-    mask = word_mask(inputs)
-    fits = mask is not None and place.layout.kind == 'sequence' and place.shape[1] == mask.shape[1]
-    return place._replace(layout=place.layout._replace(kind='pooled'), shape=(place.shape[0], 1, 1)) if fits else place
+_SENTENCES = 'words', 'pooled' # How a sequence can be compared where its words are known
+
+def _of_sentences(places, asked, read, by_word):
+    "Sequences of words: side by side where both models read the same and the method allows it, else by their mean"
+    masks = [word_mask(inputs, model) for model,inputs in read]
+    told = [getattr(type(unwrap(model)), 'word_mask', None) for model,_ in read]
+    fits = [m is not None and p.layout.kind == 'sequence' and p.shape[1] == m.shape[1] for p,m in zip(places, masks)]
+    same = all(fits) and told[0] is told[1] and _same_words(masks, [inputs for _,inputs in read])
+    _check_sentences(asked, fits, same, by_word)
+    free = [a in (None, *_SENTENCES) for a in asked]
+    kind = 'words' if same and by_word and all(free) and 'pooled' not in asked else 'pooled'
+    make = lambda p: p._replace(layout=p.layout._replace(kind=kind), shape=(p.shape[0], 1, 1))
+    return [make(p) if f and may else p for p,f,may in zip(places, fits, free)]
+
+def _same_words(masks, inputs):
+    "Whether both models read the same words at the same places"
+    whole = [masks[i:i+1] + [t for t in tensors_of(list(x)) if not t.is_floating_point()] for i,x in enumerate(inputs)]
+    return len(whole[0]) == len(whole[1]) and all(torch.equal(a.cpu(), b.cpu()) for a,b in zip(*whole))
+
+def _check_sentences(asked, fits, same, by_word):
+    "`ValueError` for a layout of sentences that cannot be"
+    if any(a in _SENTENCES and not f for a,f in zip(asked, fits)):
+        raise ValueError("layout 'words' or 'pooled' needs a sequence (B, N, C) whose words are known: inputs with an "
+                         "attention_mask of (B, N), or a model with a method word_mask. Use layout='sequence'.")
+    if 'words' not in asked or same and by_word: return
+    why = 'teacher and student read other words' if not same else 'this method does not leave padding out'
+    raise ValueError(f"layout 'words' compares word by word, and {why}: use layout='pooled'.")
 
 # %% ../nbs/00_taps.ipynb #fe2c0473
 def gives_maps(
@@ -875,10 +928,11 @@ def _map(self:Capture, tap):
                        "planned: the model or its input has changed. Plan again (prepare(x), or a new fit).")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
-    mask = word_mask(self.began[0][0]) if p.layout.kind == 'pooled' else None
+    mask = word_mask(self.began[0][0], self.model) if p.layout.kind in _SENTENCES else None
+    if mask is not None and mask.shape != x.shape[:2]: raise wrong
     m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None, mask)
     if p.outputs is not None and m.shape[1] > max(p.outputs): m = m[:, list(p.outputs)]
-    if m.shape[1] != p.shape[0]: raise wrong
+    if m.shape[1] != p.shape[0] + (p.layout.kind == 'words'): raise wrong
     return m
 
 @patch

@@ -255,10 +255,13 @@ class TextNet(nn.Module):
         self.drop, self.body, self.state = nn.Dropout(dropout), body, SentenceState('max')
         self.head = nn.Linear(channels, n_classes)
 
+    def word_mask(self, rows:Tensor) -> Tensor: # (B, N) bool; an empty sentence is one unknown word
+        return torch.arange(rows.shape[1], device=rows.device) < (rows != 0).sum(1, keepdim=True).clamp_min(1)
+
     def forward(self, rows:Tensor) -> Tensor: # (B, N) word numbers; (B, K)
-        n = (rows != 0).sum(1).clamp_min(1)
-        x = self.body(self.drop(self.table(self.entry[rows])), n)
-        found = self.state(x, torch.arange(x.shape[1], device=n.device) < n[:, None])
+        there = self.word_mask(rows)
+        x = self.body(self.drop(self.table(self.entry[rows])), there.sum(1))
+        found = self.state(x, there)
         return self.head(self.drop(found.flatten(1)))
 
 # %% ../nbs/16a_text.ipynb #90745467
@@ -269,7 +272,7 @@ class GRU(nn.Module):
         self.gru = nn.GRU(width, hidden, batch_first=True, bidirectional=True)
     def forward(self, x, n):
         out, _ = self.gru(pack_padded_sequence(x, n.cpu(), batch_first=True, enforce_sorted=False))
-        return pad_packed_sequence(out, batch_first=True)[0]
+        return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
 
 class Convolutions(nn.Module):
     "Convolutions of widths 3, 4 and 5 over positions (Kim, EMNLP 2014); padding counts as zero"

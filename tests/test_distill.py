@@ -5,7 +5,7 @@ from pairs import *
 from copy import deepcopy
 from PIL import Image
 from fastai.tabular.all import TabularDataLoaders, tabular_learner
-from diffkd_nb.callback import distillation
+from diffkd_nb.callback import DistillCallback, distillation
 from diffkd_nb.distill import DistillationReport, distill, known_of
 from diffkd_nb.files import InputError
 from diffkd_nb.models import make_model, n_parameters, small_net
@@ -112,6 +112,22 @@ def test_a_report_for_any_learner(teacher):
     beside = plain.distillation_report(alone=.25, teacher=teacher)
     assert beside.table.loc['accuracy', 'student alone'] == '25.0 %' and 'agreement with the teacher' in beside.table.index
     assert 'one seed' in str(beside) and n_hooks(plain.model) == 0
+
+
+@pytest.mark.parametrize('outputs,options,says', [
+    (20, dict(distiller='diffkd', taps=['feature']), 'it gives 20 outputs and the student 10'),
+    (10, dict(distiller='kd', classes=[*range(1, 10), 0]), 'its classes stand in another order'),
+    (10, dict(distiller='kd', classes=list(range(10))), '')])
+def test_a_teacher_of_other_classes_has_no_figure(teacher, outputs, options, says):
+    "And the report says why, in place of a number that means nothing"
+    class Wide(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.more = sequential(6), nn.Linear(10, outputs)
+        def forward(self, x): return self.more(self.body(x))
+    new = make_learner(sequential(4), dls=teacher.dls, cbs=DistillCallback(Wide(), **options, verbose=False))
+    with quiet(new): new.fit(1, 1e-3)
+    r = new.distillation_report(seconds=0)
+    assert (r.table.loc['accuracy', 'teacher'] == '-') == bool(says) == ('agreement with the teacher' not in r.table.index)
+    assert (f'The teacher has no figure: {says}' in str(r)) if says else ('has no figure' not in str(r))
 
 
 def test_a_report_changes_nothing(student):

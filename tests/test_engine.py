@@ -1,4 +1,5 @@
 "A folded teacher answers as the teacher does, and the teacher stays what it was"
+import threading, time
 import pytest, torch
 from torch import nn
 from diffkd_nb import callback
@@ -111,7 +112,7 @@ def test_a_run_has_its_engine_on_record(tmp_path, monkeypatch):
     assert 'teacher_engine' not in plain['settings'] and 'teacher_engine' not in plain['cost']
     assert auto['settings']['teacher_engine'] == 'auto' and auto['cost']['teacher_engine'] == 'folded'
     assert auto['result']['valid_loss'] == pytest.approx(plain['result']['valid_loss'], rel=1e-3)
-    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto' or 'bf16', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
+    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto', 'compile' or 'bf16', got 'fast'"): go(teacher, 'kd', 'x', teacher_engine='fast')
 
 
 @pytest.mark.parametrize('engine', ['auto', 'bf16'])
@@ -121,5 +122,83 @@ def test_diffkd_callback_takes_an_engine(engine, capsys):
     learn = make_learner(student, cbs=DiffKDCallback(teacher, verbose=False, teacher_engine=engine), lr=1e-3)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert distillation(learn).teacher_engine == engine and all(torch.isfinite(p).all() for p in student.parameters())
-    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto' or 'bf16'"):
+    with pytest.raises(ValueError, match="teacher_engine must be 'plain', 'auto', 'compile' or 'bf16'"):
         make_learner(sequential(6), cbs=DiffKDCallback(teacher, verbose=False, teacher_engine='fast'))
+
+
+def test_compiling_that_takes_too_long_or_fails_leaves_the_folded_copy(monkeypatch):
+    "The time limit ends it; the maps are those of the folded copy, no hook stays"
+    student, teacher, x = sequential(6), lively(sequential(20)).eval(), torch.randn(4, 3, 32, 32)
+    places = {t.name: t.teacher for t in plan_taps(student, teacher, x[:2])}
+    engine, _ = make_engine(teacher, places, [x])
+    def slow(*a, **kw):
+        def run(*xb): time.sleep(20)
+        return run
+    def broken(*a, **kw): raise RuntimeError('no compiler')
+    want = engine(x)
+    for how, says in ((slow, 'compiling took more than 0.2 s'), (broken, 'it cannot be compiled (RuntimeError)')):
+        with monkeypatch.context() as m:
+            m.setattr(torch, 'compile', how)
+            start = time.perf_counter(); assert engine.compile([x], seconds=.2) == says and time.perf_counter() - start < 10
+        assert engine.compiled is None and not any(m._forward_hooks for m in engine.modules())
+        for n, got in engine(x).items(): assert torch.equal(got, want[n])
+    seen = []
+    threading.Thread(target=lambda: seen.append(engine.compile([x]))).start()
+    while not seen: time.sleep(.01)
+    assert seen == ['compiling has no time limit here']
+
+
+def test_only_a_longer_fit_compiles(monkeypatch, capsys):
+    "And says so; here the compiler gives back the model"
+    asked = []
+    monkeypatch.setattr(torch, 'compile', lambda m, **kw: asked.append(m) or m)
+    said = {}
+    for steps in (7, 6):
+        monkeypatch.setattr(callback, 'COMPILE_STEPS', steps)
+        learn = fit('compile', 1, monkeypatch, verbose=True)
+        said[steps] = learn.distill.kd.engine_note, len(asked)
+    out = capsys.readouterr().out
+    assert said == {7: ('folded', 0), 6: ('folded and compiled', 1)}
+    assert 'teacher engine: folded, 6 steps (1 or more pay, 7 for compiling)' in out and 'teacher engine: compiled, 6 steps' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('half', [False, True])
+def test_a_compiled_teacher_gives_the_same_maps(half):
+    "At every tap, also inside the network; other shapes go to the folded copy, and the compiler is asked once"
+    torch._dynamo.reset()
+    student, teacher, x = tv('resnet18'), lively(tv('resnet34')), torch.randn(4, 3, 32, 32)
+    kd = Distillation(student, teacher, 'diffkd', xb=x[:2], taps=['stages', 'logits'], seed=0, teacher_engine='compile')
+    plain = Distillation(student, teacher, 'diffkd', xb=x[:2], taps=['stages', 'logits'], seed=0)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        with plain: want = [plain.teacher_maps(b) for b in (x, x.flip(0), x[:3])]
+        with kd:
+            got = [kd.teacher_maps(b) for b in (x, x.flip(0), x[:3])]
+            assert kd.engine_note == 'folded and compiled' and kd.engine.compiled is not None
+            assert torch._dynamo.utils.counters['frames']['ok'] >= 1
+            compiled = dict(torch._dynamo.utils.counters['frames'])
+            kd.teacher_maps(x[:2]); kd.teacher_maps(x)
+            assert dict(torch._dynamo.utils.counters['frames']) == compiled
+    for w, g in zip(want, got):
+        assert list(w) == list(g) == ['stage1', 'stage2', 'stage3', 'stage4', 'logits'][-len(w):]
+        for n in w: assert (g[n].float() - w[n].float()).norm() <= (36*2**-8 if half else 1e-4)*w[n].float().norm(), n
+    assert not any(m._forward_hooks for m in teacher.modules())
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_a_teacher_without_batchnorm_can_be_compiled(works, monkeypatch):
+    "Also one whose input is a dict; where it cannot be, the teacher answers itself"
+    class Words(nn.Module):
+        def __init__(self, width): super().__init__(); self.table, self.head = nn.Embedding(9, width), nn.Linear(width, 3)
+        def forward(self, x): return self.head(self.table(x['ids']).mean(1))
+    def compiled(m, **kw):
+        if not works: raise RuntimeError('no compiler')
+        return m
+    monkeypatch.setattr(torch, 'compile', compiled)
+    x = dict(ids=torch.randint(9, (4, 5)))
+    kd = {e: Distillation(Words(4), Words(8), 'kd', xb=(x,), teacher_engine=e) for e in ('auto', 'compile')}
+    for e, d in kd.items():
+        with d: maps = d.teacher_maps((x,))
+        torch.testing.assert_close(maps['logits'].flatten(1), d.teacher(x))
+    assert kd['auto'].engine_note == 'plain, since no BatchNorm can be folded'
+    assert kd['compile'].engine_note == ('compiled' if works else 'plain, since it cannot be compiled (RuntimeError)')

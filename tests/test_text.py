@@ -13,6 +13,7 @@ from diffkd_nb.distillation import Distillation
 from diffkd_nb.files import InputError
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.run import evaluate, run
+from diffkd_nb.taps import plan_table, plan_taps
 from diffkd_nb.tasks import open_data, task_of
 from diffkd_nb.text import text_model
 from diffkd_nb.verify import verify
@@ -154,23 +155,96 @@ def test_a_hugging_face_student_ends_in_save_pretrained(tmp_path):
     cb = DiffKDCallback(teacher, output='classes', output_key='logits', verbose=False)
     learn = Learner(dls, Classifier(16, 1), loss_func=scores_loss, cbs=cb)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
-    assert [(t.kind, t.student.layout.kind, t.student.shape) for t in cb.plan] == [('feature', 'pooled', (16, 1, 1)), ('logits', 'vector', (3, 1, 1))]
+    assert [(t.kind, t.student.layout.kind, t.student.shape) for t in cb.plan] == [('feature', 'words', (16, 1, 1)), ('logits', 'vector', (3, 1, 1))]
     assert learn.recorder.values[-1][0] < learn.recorder.values[0][0]
     learn.model.net.save_pretrained(tmp_path)
     plain, (x, _) = BertForSequenceClassification.from_pretrained(tmp_path).eval(), next(iter(dls.valid))
     with torch.no_grad(): assert torch.equal(plain(**x).logits, learn.model.eval()(x).logits)
 
 
-@pytest.mark.parametrize('method', ['diffkd', 'fitnet', 'rkd'])
-def test_padding_changes_no_loss(method):
+def added_padding(x, left):
+    "Batch `x` with four more padded positions at the end, or in front too"
+    return {k: F.pad(v, (3 if left else 0, 4)) for k,v in x.items()}
+
+
+@pytest.mark.parametrize('method,how,left', [
+    ('diffkd', 'words', False), ('diffkd:predicts=clean,latent=6', 'words', False), ('kd+diffkd', 'words', False), ('fitnet', 'pooled', False),
+    ('rkd', 'pooled', False), ('rkd+diffkd', 'pooled', False), ('diffkd by its mean', 'pooled', False),
+    ('diffkd:taps=feature', 'words', True), ('fitnet', 'pooled', True)])            # BERT's scores come from the first position
+def test_padding_changes_no_loss(method, how, left):
     set_seed(0)
     student, teacher = Classifier(16, 1).eval(), Classifier(32, 2).eval()
-    short, long = (default_collate([x for x,_ in padded(8, n)]) for n in (8, 12))
-    kd = Distillation(student, teacher, method, (short,), output_key='logits', seed=3)
+    x = default_collate([x for x,_ in padded(8)])
+    if left: x = {k: v.flip(1) for k,v in x.items()}
+    taps, name = None, method.partition(' ')[0]
+    if ' ' in method: taps = [dict(student='net.bert.encoder.layer.0', teacher='net.bert.encoder.layer.1', layout='pooled')]
+    kd = Distillation(student, teacher, name, (x,), taps, output_key='logits', seed=3)
+    assert {t.student.layout.kind for t in kd.plan if t.kind == 'feature'} == {how}, str(kd)
     losses = []
-    for x in (short, long):
+    for batch in (x, added_padding(x, left)):
+        batch['position_ids'] = (batch['attention_mask'].cumsum(1) - 1).clamp_min(0)        # a word is where it was
         kd.generator = None             # the same draws
-        with kd: student(x); losses.append(kd((x,)).losses)
+        with kd: student(batch); losses.append(kd((batch,)).losses)
     assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
-    other = Distillation(student, teacher, method, (short,), [(t.student.name, t.teacher.name, t.kind) for t in kd.plan if t.kind == 'feature'], seed=3)
-    assert {t.student.layout.kind for t in other.plan} == {'pooled'}
+
+
+def test_other_words_are_compared_by_their_mean():
+    "A teacher with another tokenizer"
+    set_seed(0)
+    student, teacher = Classifier(16, 1), Classifier(32, 2)
+    x, other = (default_collate([x for x,_ in padded(8, n, seed)]) for n,seed in ((8, 0), (12, 1)))
+    places = plan_taps(student, teacher, x, teacher_xb=(other,), output_key='logits', by_word=True)
+    assert 'pooled' in plan_table(places) and 'words' in plan_table(plan_taps(student, teacher, x, output_key='logits', by_word=True))
+
+
+@pytest.mark.parametrize('student', ['bigru:4', pytest.param('textcnn:4', marks=pytest.mark.slow)])
+def test_words_killed_and_resumed(data, teacher, student, tmp_path, monkeypatch):
+    "Two models of sentences read the same words: their hidden states are compared word by word"
+    how = dict(taps=['words', 'logits'], progress=False)
+    m = run(RECIPE.replace(epochs=1), data, teacher, student, 'diffkd', 1, tmp_path/'plain', diagnostics=True, **how)
+    assert m['taps'][0]['student_shape'][1:] == [1, 1]       # of no fixed length
+    cut_and_resumed(lambda out: run(RECIPE, data, teacher, student, 'diffkd', 1, out, **how), tmp_path, monkeypatch)
+    with pytest.raises(InputError, match="layout='pooled'"): run(RECIPE, data, teacher, student, 'diffkd', 1, tmp_path/'c', cache=tmp_path/'cache', **how)
+
+
+def test_words_under_bf16():
+    "Losses as in float32, up to bfloat16's rounding"
+    set_seed(0)
+    student, teacher, losses = Classifier(16, 1).eval(), Classifier(32, 2), []
+    x = default_collate([x for x,_ in padded(8)])
+    kd = Distillation(student, teacher, 'diffkd', (x,), output_key='logits', seed=3)
+    for on in (False, True):
+        kd.generator = None
+        with kd, torch.autocast('cpu', torch.bfloat16, enabled=on): student(x); losses.append(kd((x,)).losses)
+    assert all(v.dtype == torch.float32 for v in losses[1].values())
+    assert all(torch.allclose(losses[0][k], losses[1][k], rtol=3e-2) for k in losses[0]), losses
+
+
+@pytest.mark.parametrize('options', [dict(pretrain=3), dict(norms='separate', start='gamma'), dict(trained_by='diffusion', latent=6)])
+def test_words_train(options):
+    "Losses fall and are finite; the teacher's states are learnt before the student begins"
+    set_seed(0)
+    dls = DataLoaders.from_dsets(list(padded(48)), list(padded(16, seed=1)), bs=16, device='cpu', num_workers=0)
+    cb = DiffKDCallback(Classifier(32, 2), output='classes', output_key='logits', verbose=False, **options)
+    learn = Learner(dls, Classifier(16, 1), loss_func=scores_loss, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 5e-3)
+    log = learn.recorder.values
+    assert cb.plan[0].form == 'words' and log[-1][0] < log[0][0] and all(v == v for row in log for v in row)
+
+
+@pytest.mark.cuda
+def test_words_on_a_gpu():
+    "The losses and gradients of the same draws, as on the CPU"
+    from diffkd_nb.diffkd import DiffKD
+    torch.manual_seed(0)
+    tap, there = DiffKD(8, 16, 'words', latent=6), (torch.arange(7) < torch.tensor([[7], [4], [2], [6]]))[:, None, :, None].float()
+    maps = [torch.cat([torch.randn(4, c, 7, 1)*there, there], 1) for c in (8, 16)]
+    drawn, found = (torch.randn(4, 6, 7, 1), torch.randn(4, 6, 7, 1), torch.randint(0, 1000, (4,))), []
+    for place in ('cpu', 'cuda'):
+        tap.to(place).zero_grad()
+        s, t = (m.to(place) for m in maps)
+        s.requires_grad_()
+        out = tap(s, t, *(d.to(place) for d in drawn))
+        (out.kd_loss + out.diffusion_loss + out.reconstruction_loss).backward()
+        found.append([x.detach().cpu() for x in (out.kd_loss, out.diffusion_loss, out.reconstruction_loss, s.grad)])
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
