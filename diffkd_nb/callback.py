@@ -30,7 +30,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 from .rng import same_rng
 from .files import write_whole
-from .taps import check_taps, named_tap, tensors_of, unwrap
+from .taps import check_taps, is_detector, named_tap, tensors_of, unwrap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble
@@ -51,7 +51,13 @@ def first_samples(
 ) -> tuple: # Inputs of the model
     "The first samples of a batch"
     few = lambda x: x[:n].as_subclass(Tensor) if isinstance(x, Tensor) and x.dim() else x
-    return tuple(tree_map(few, x) for x in (xb if isinstance(xb, (tuple, list)) else (xb,)))
+    xb = xb if isinstance(xb, (tuple, list)) else (xb,)
+    if len(xb) > 1 and _targets(xb[1]): return tuple(x[:n] if isinstance(x, (list, tuple)) else few(x) for x in xb)
+    return tuple(tree_map(few, x) for x in xb)
+
+def _targets(x):
+    "Whether an input is a list with the boxes of each sample"
+    return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(t, dict) and 'boxes' in t for t in x)
 
 # %% ../nbs/09_callback.ipynb #2ea1e3d8
 class OptimizerTail:
@@ -276,6 +282,7 @@ def _or_none(loss):
 def _reads_outputs(self:DistillCallback):
     "Whether the method compares outputs or asks what they mean, as far as that is known"
     asked = ['feature', 'logits'] if self.asked_taps is None else self.asked_taps
+    if is_detector(self.learn.model) and self.given_taps is None: asked = []        # boxes have no scores in front
     kinds = [t if isinstance(t, str) else named_tap(t)[1] for t in asked] + [t.kind for t in self.plan or ()]
     return 'output' in self.method.needs or bool({'logits', 'exits'} & set(kinds))
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
-from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
+from .taps import Capture, check_pair, eval_mode, is_detector, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
 from .methods import METHODS, Method, get_method
@@ -27,7 +27,7 @@ from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
-           'Distillation', 'transformed', 'own_dtype']
+           'Distillation', 'transformed', 'own_dtype', 'ask_detector', 'boxes_of']
 
 # %% ../nbs/08_distillation.ipynb #b98d74c1
 class Tally:
@@ -101,12 +101,13 @@ class CustomMethod:
     ):
         source = getattr(distiller, 'func', distiller)
         self.distiller,self.needs = distiller,tuple(getattr(source, 'needs', ()))
-        self.default_taps,self.of_maps = (getattr(source, k, None) for k in ('default_taps', 'dense_taps'))
+        self.default_taps,self.of_maps,self.of_boxes = (getattr(source, k, None) for k in ('default_taps', 'dense_taps', 'box_taps'))
         self.name,self.task_weight = getattr(source, '__name__', type(source).__name__),1.
 
     def __str__(self): return self.name
     def taps(self, asked=None): return self.default_taps if asked is None else asked
     def dense_taps(self, asked=None): return self.of_maps if asked is None else None
+    def box_taps(self, asked=None): return (self.of_boxes or ['fpn']) if asked is None else None
     def make(self, plan, context):
         if isinstance(self.distiller, nn.Module): return as_distiller(self.distiller)
         given = {k: v for k,v in context._asdict().items() if k in self.needs}
@@ -269,7 +270,7 @@ def prepare(self:Distillation,
     with same_rng():
         with seeded((seed + 0x5eed) % 2**63):
             taps = self.method.taps(self.asked_taps)
-            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps))
+            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps), self.method.box_taps(self.asked_taps))
             keep = self.distiller is not None and plan == self.plan and self.data_is_same()
             if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
@@ -293,13 +294,13 @@ def _made(self:Distillation, plan):
 
 # %% ../nbs/08_distillation.ipynb #37307dda
 @patch
-def _find_taps(self:Distillation, xb, taps, dense_taps=None):
+def _find_taps(self:Distillation, xb, taps, dense_taps=None, box_taps=None):
     "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
     teacher = deepcopy(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
-                     output=self.output, classes=self.classes, dense_taps=dense_taps)
+                     output=self.output, classes=self.classes, dense_taps=dense_taps, box_taps=box_taps)
     dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
@@ -435,6 +436,29 @@ def __enter__(self:Distillation):
 @patch
 def __exit__(self:Distillation, *exc): self.finish()
 
+# %% ../nbs/08_distillation.ipynb #3d709c1f
+def ask_detector(
+    model:nn.Module, # A detector
+    images:Sequence, # Pictures
+    names # Names of the modules whose outputs are wanted
+):
+    "Run a detector as far as it takes to reach some modules"
+    model = unwrap(model)
+    if any(n.partition('.')[0] not in ('transform', 'backbone', 'head') for n in names): return model(list(images))
+    maps = model.backbone(model.transform(list(images))[0].tensors)
+    if any(n.partition('.')[0] == 'head' for n in names): model.head(list(maps.values()))
+
+def boxes_of(
+    model:nn.Module, # A detector
+    xb:Sequence # Its inputs: pictures and targets
+) -> list: # For each picture (n, 4): left, top, right, bottom as shares of the padded batch, 0 to 1
+    "Where the true boxes lie on the maps; `ValueError` for inputs without boxes"
+    if not is_detector(model) or len(xb) < 2: raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'.")
+    transform, empty = unwrap(model).transform, [x.new_empty(x.shape, device='meta') for x in xb[0]]
+    with eval_mode(transform): x, found = transform(empty, [{'boxes': t['boxes']} for t in xb[1]])
+    h, w = x.tensors.shape[-2:]
+    return [t['boxes']/t['boxes'].new_tensor([w, h, w, h]) for t in found]
+
 # %% ../nbs/08_distillation.ipynb #b41919b4
 @patch
 def run_teacher(self:Distillation,
@@ -453,7 +477,8 @@ def run_teacher(self:Distillation,
 def _ask(self:Distillation, xb):
     "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
-        self._teacher_capture.note_output(self.teacher(*xb))
+        if is_detector(self.teacher): ask_detector(self.teacher, xb[0], {t.teacher.name for t in self.plan})
+        else: self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()
 
 @patch
@@ -499,6 +524,7 @@ def __call__(self:Distillation,
         if len(m) != len(teacher[n]):
             raise ValueError(f"tap {n!r}: the student gave {len(m)} samples and the teacher {len(teacher[n])}: "
                              "both must see the same batch.")
+    if 'boxes' in self.method.needs: target = boxes_of(self.student, xb)
     losses = self.distiller(student, teacher, target, draws=self.draws, index=index)
     step = Step(student, teacher, outputs, losses, sum(losses.values()))
     for f in self.observers: f(step, task)

@@ -136,8 +136,9 @@ class Distiller(nn.Module):
     stat_names = () # Keys of `stats`: what is worth watching and no loss
     default_taps = ['feature'] # What to compare if nobody says, see `plan_taps`
     dense_taps = None # The same for models that give maps of scores, as in segmentation; `default_taps` by default
+    box_taps = ['fpn'] # The same for detectors
     takes = dict(feature=(1, math.inf), logits=(0, 0)) # Kind of tap to the least and the largest number of them
-    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`
+    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`; 'boxes' where labels are those of a detector
     outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
     dense = False # Whether logits may be maps (B, K, H, W)
     instead = "'kd'" # What to use with the other meanings

@@ -83,7 +83,8 @@ def check_options(
 # %% ../nbs/07a_methods.ipynb #bcff39ef
 def _wanted(tap, default_taps):
     "Whether a method that asks for `default_taps` means this one: `'stages'` are the taps 'stage1', 'stage2', ..."
-    return any(tap.name == d or d in ('stages', 'exits') and tap.name.startswith(d[:-1]) for d in default_taps)
+    begins = dict(stages='stage', exits='exit', fpn='fpn.', heads='head.')
+    return any(tap.name == d or d in begins and tap.name.startswith(begins[d]) for d in default_taps)
 
 def _split_taps(options):
     "The taps that a part asks for, None for its default, and its other options"
@@ -105,7 +106,8 @@ class Together(Distiller):
         for name in self.parts:
             cls, (asked, given) = METHODS[name], _split_taps(options.get(name, {}))
             maps = cls.dense_taps if any(t.form == 'dense' for t in plan) else None
-            own = [t for t in plan if _wanted(t, asked or maps or cls.default_taps)]
+            boxes = cls.box_taps if any(t.name.startswith(('fpn.', 'head.')) for t in plan) else None
+            own = [t for t in plan if _wanted(t, asked or maps or boxes or cls.default_taps)]
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
 
@@ -254,6 +256,16 @@ def dense_taps(self:Method,
     own = [self.options] if self.name in METHODS else [self.options.get(n, {}) for n in self.name.split('+')]
     classes = [METHODS[n] for n in self.name.split('+')]
     found = [_split_taps(o)[0] or c.dense_taps or c.default_taps for c,o in zip(classes, own)]
+    return list(dict.fromkeys(t for ts in found for t in ts))
+
+@patch
+def box_taps(self:Method,
+    asked:Sequence|str|None=None # What a run asks for
+) -> list|None: # For `plan_taps`; None where a run or the method's text asks for taps
+    "What the method compares in detectors"
+    if self.name == 'alone' or asked is not None or 'taps' in self.options: return None
+    own = [self.options] if self.name in METHODS else [self.options.get(n, {}) for n in self.name.split('+')]
+    found = [_split_taps(o)[0] or METHODS[n].box_taps for n,o in zip(self.name.split('+'), own)]
     return list(dict.fromkeys(t for ts in found for t in ts))
 
 @patch
