@@ -268,12 +268,15 @@ def _distillation(self:DistillCallback) -> Distillation:
 @patch
 def _meaning(self:DistillCallback):
     "What the logits mean: as said, or as the Learner's loss has it; None where it does not tell and nothing asks"
+    names = self.method.name.split('+') if isinstance(self.method, Method) else []
+    boxes = [] if is_detector(self.learn.model) else [n for n in names if METHODS[n].for_boxes]
+    if boxes: raise ValueError(output_refusal(METHODS[boxes[0]]))
     if not self._reads_outputs(): return self.output or _or_none(self.learn.loss_func)
     kind = output_kind(self.learn.loss_func, self.output)
-    names = self.method.name.split('+') if isinstance(self.method, Method) else []
     for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(why)
     return kind
 
+# %% ../nbs/09_callback.ipynb #f84feca6
 def _or_none(loss):
     try: return output_kind(loss)
     except ValueError: return None
@@ -702,6 +705,7 @@ class DiffKDCallback(DistillCallback):
         weights:dict|None=None, # Tap name to a factor on all its losses
         paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
         pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
+        levels:str='own', # Levels of a detector's pyramid have a denoiser each, or `'shared'`: one for all
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
@@ -716,7 +720,7 @@ class DiffKDCallback(DistillCallback):
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, **kwargs)
+                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, levels=levels, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output, classes, teacher_engine)

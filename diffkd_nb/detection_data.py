@@ -233,7 +233,7 @@ def __getitem__(self:BoxDataset, i):
         crowd = crowd.new_zeros(len(labels))
     return x, make_target(boxes, labels, crowd, p.number), i
 
-# %% ../nbs/16_detection_data.ipynb #b9e4a4d6
+# %% ../nbs/16_detection_data.ipynb #6e8fc610
 class _Given(BoxDataset):
     "Pictures without boxes: paths, pictures of Pillow, arrays or tensors"
     def read(self, i):
@@ -244,8 +244,9 @@ class _Given(BoxDataset):
         if isinstance(x, Image.Image): x = np.array(as_rgb(x))
         x = torch.as_tensor(x)
         x = x.movedim(-1, 0) if x.dim() == 3 and x.shape[0] not in (1, 3) and x.shape[-1] in (1, 3) else x
-        if x.dim() == 3 and x.shape[0] in (1, 3): return x.expand(3, -1, -1) if x.dtype == torch.uint8 else (255*x).round().clamp(0, 255).to(torch.uint8)
-        raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}.")
+        if x.dim() != 3 or x.shape[0] not in (1, 3):
+            raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}.")
+        return x.expand(3, -1, -1) if x.dtype == torch.uint8 else (255*x).round().clamp(0, 255).to(torch.uint8)
 
     def __getitem__(self, i): return self.read(i), make_target(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.long), i), i
 
@@ -349,7 +350,7 @@ class DetectionData(Data):
     n_valid = property(lambda self: len(self.pictures[1]))
     outputs = property(lambda self: len(self.classes) + 1, doc='Outputs of a detector: the background is one of them')
 
-# %% ../nbs/16_detection_data.ipynb #da57a192
+# %% ../nbs/16_detection_data.ipynb #a0525ad1
 @patch
 def _check(self:DetectionData):
     "Refuse what does not belong together"
@@ -360,7 +361,8 @@ def _check(self:DetectionData):
             raise InputError(f"picture {lacks[0]} is missing{more}: the files of {self.name} name it.")
         for p in found:
             if len(p.labels) and (p.labels.min() < 1 or p.labels.max() > len(self.classes)):
-                raise InputError(f"{p.file.name} has the label {p.labels.max()}, and the {len(self.classes)} classes have 1 to {len(self.classes)}.")
+                n = len(self.classes)
+                raise InputError(f"{p.file.name} has the label {p.labels.max()}, and the {n} classes have 1 to {n}.")
     if not any((p.crowd == 0).any() for p in self.pictures[0]): raise InputError(f"{self.name} has no boxes to learn from.")
 
 # %% ../nbs/16_detection_data.ipynb #f6e1c76c
@@ -398,7 +400,7 @@ def hash(self:DetectionData,
         if full: h.update(p.file.read_bytes())
     return ('content:' if full else 'listing:') + h.hexdigest()
 
-# %% ../nbs/16_detection_data.ipynb #8bd4277d
+# %% ../nbs/16_detection_data.ipynb #8ec28835
 def _coco_split(folder, split):
     "JSON and pictures of a split, None where there are none"
     files = [f for d in (folder/'annotations', folder) for f in sorted(d.glob(f'instances_{split}*.json'))]
@@ -417,18 +419,21 @@ def _open_coco(folder, train, valid, numbers):
                              "or name the split (train=..., valid=...).")
         found.append((at[0], *read_coco(*at, numbers == 'keep')))
     (_, a, classes), (f, b, other) = found
-    if classes != other: raise InputError(f"{f} lists the categories {', '.join(map(str, other))}, and training has {', '.join(map(str, classes))}.")
+    said = lambda names: ', '.join(map(str, names))
+    if classes != other: raise InputError(f"{f} lists the categories {said(other)}, and training has {said(classes)}.")
     return (a, b), classes
 
-# %% ../nbs/16_detection_data.ipynb #ab6dd974
+# %% ../nbs/16_detection_data.ipynb #68f7bb19
 def _voc_names(folder, split):
     f = next((folder/d/f'{split}.txt' for d in ('ImageSets/Main', 'ImageSets', '.') if (folder/d/f'{split}.txt').is_file()), None)
-    if f is None: raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split (train=, valid=).")
+    if f is None:
+        raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split (train=, valid=).")
     return [l.split()[0] for l in f.read_text().splitlines() if l.split()]
 
 def _open_voc(folder, train, valid, numbers):
     "Pictures of both splits, classes"
-    root = next((d for d in (folder, folder/'VOC2012', folder/'VOCdevkit'/'VOC2012', folder/'VOCdevkit'/'VOC2007') if (d/'Annotations').is_dir()), folder)
+    inside = ('.', 'VOC2012', 'VOC2007', 'VOCdevkit/VOC2012', 'VOCdevkit/VOC2007')
+    root = next((folder/d for d in inside if (folder/d/'Annotations').is_dir()), folder)
     pictures = next((root/n for n in ('JPEGImages', 'images') if (root/n).is_dir()), root/'JPEGImages')
     by_name, splits = {f.stem: f for f in _images(pictures)} if pictures.is_dir() else {}, []
     for s in (train or 'train', valid or 'val'):
@@ -437,10 +442,11 @@ def _open_voc(folder, train, valid, numbers):
         if lacks := [f for f in xml if not f.is_file()]: raise InputError(f"{lacks[0]} is missing: the split {s!r} names it.")
         splits.append((xml, [by_name.get(n, pictures/f'{n}.jpg') for n in names]))
     f = root/'classes.txt'
-    classes = f.read_text().split() if f.is_file() else sorted({n for xml,_ in splits for x in xml for _,n,_ in _voc_objects(x, _voc_xml(x))})
+    seen = lambda: sorted({n for xml,_ in splits for x in xml for _,n,_ in _voc_objects(x, _voc_xml(x))})
+    classes = f.read_text().split() if f.is_file() else seen()
     return tuple(read_voc(*s, classes) for s in splits), classes
 
-# %% ../nbs/16_detection_data.ipynb #f0d74f47
+# %% ../nbs/16_detection_data.ipynb #b162ffc6
 _LAYOUTS = dict(coco=_open_coco, voc=_open_voc) # Kind to its finder
 
 def open_detection(
@@ -456,15 +462,18 @@ def open_detection(
     if not limit.isdigit(): raise InputError(f"{spec}: limit must be a whole number, got {limit!r}.")
     if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and boxes in it.")
     splits, classes = _LAYOUTS[kind](folder, asked.get('train'), asked.get('valid'), asked.get('numbers'))
-    splits = tuple(_fit(s, asked) for s in splits)
-    if int(limit): splits = ([splits[0][i] for i in np.unique(np.linspace(0, len(splits[0]) - 1, int(limit)).round().astype(int))], splits[1])
+    splits = tuple(_fit(s, asked, what) for s,what in zip(splits, ('training', 'validation')))
+    if int(limit):
+        few = np.unique(np.linspace(0, len(splits[0]) - 1, int(limit)).round().astype(int))
+        splits = ([splits[0][i] for i in few], splits[1])
     said = ', '.join(filter(None, [folder.name, asked.get('valid')]))
     return DetectionData(folder, splits, classes, f'{said} ({len(splits[0]):,} for training)', data_spec(kind, path, **asked))
 
-def _fit(found, asked):
+def _fit(found, asked, what):
     "Checked pictures; what was left out is said"
     found, (dropped, cut) = check_boxes(found, **{k: asked[k] for k in _FIXES if k in asked})
-    if dropped or cut: print(f"{dropped} boxes without area left out, {cut} boxes cut at the edge", file=sys.stderr)
+    said = [f"{n} box{'es'*(n > 1)} {how}" for n,how in ((dropped, 'without area left out'), (cut, 'cut at the edge')) if n]
+    if said: print(f"{what}: {' and '.join(said)}", file=sys.stderr)
     return found
 
 # %% ../nbs/16_detection_data.ipynb #88b0da49

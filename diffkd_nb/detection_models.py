@@ -52,12 +52,13 @@ def anchors(
     sizes = [(s, int(s*2**(1/3)), int(s*2**(2/3))) if family == 'retinanet' else (s,) for s in sides]
     return AnchorGenerator(tuple(sizes), ((.5, 1., 2.),)*levels)
 
-# %% ../nbs/16b_detection_models.ipynb #1efef032
+# %% ../nbs/16b_detection_models.ipynb #95383339
 def _detector(family, backbone, outputs, levels, asked, norm_heads=False):
     "One of the three families on a backbone"
     size = _sizes(asked)
     if family == 'fcos':
-        if backbone.out_channels % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {backbone.out_channels}.")
+        n = backbone.out_channels
+        if n % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {n}.")
         return _tv.FCOS(backbone, outputs, **size)
     made = anchors(family, levels, asked.get('anchor', 32))
     if family == 'fasterrcnn': return _tv.FasterRCNN(backbone, outputs, rpn_anchor_generator=made, **_pooled(backbone), **size)
@@ -116,11 +117,12 @@ def _torchvision(name, rest, asked, outputs):
     raise InputError(f"there is no detector named {name!r}: expected torchvision:FAMILY_BACKBONE_fpn, where FAMILY is "
                      f"{', '.join(_FAMILIES)} and BACKBONE a ResNet or mobilenet_v3_large, or one of {', '.join(own)}.")
 
-# %% ../nbs/16b_detection_models.ipynb #b4016195
+# %% ../nbs/16b_detection_models.ipynb #f064764c
 def _small(name, family, asked, outputs):
     "One of the families on an encoder"
     if family not in _FAMILIES or 'encoder' not in asked:
-        raise InputError(f"there is no detector named {name!r}: expected detector:FAMILY?encoder=NAME, where FAMILY is {', '.join(_FAMILIES)}.")
+        raise InputError(f"there is no detector named {name!r}: expected detector:FAMILY?encoder=NAME, where FAMILY is "
+                         f"{', '.join(_FAMILIES)}.")
     width, rcnn = asked.get('width', 64), family == 'fasterrcnn'
     encoder = _encoder(asked['encoder'], asked.get('stride', 4 if rcnn else 8))
     if 'weights' in asked and _may_load(): load_encoder(encoder, asked['weights'])
@@ -137,7 +139,7 @@ def _frozen(model):
         model.set_submodule(n, new)
     return model
 
-# %% ../nbs/16b_detection_models.ipynb #2c9c953d
+# %% ../nbs/16b_detection_models.ipynb #8d93f1ce
 def detection_model(
     name:str, # See the table
     outputs:int # Classes and the background
@@ -152,5 +154,6 @@ def detection_model(
     make, known = makers[kind]
     asked = {k: int(v) if v.isdigit() else v for k,v in named_options(f'model {name!r}', query, known).items()}
     for k in ('min_size', 'max_size', 'anchor', 'width', 'stride'):
-        if k in asked and not (isinstance(asked[k], int) and asked[k]): raise InputError(f"model {name!r}: {k} must be a whole number, got {asked[k]!r}.")
+        if k in asked and not (isinstance(asked[k], int) and asked[k]):
+            raise InputError(f"model {name!r}: {k} must be a whole number, got {asked[k]!r}.")
     return make(name, rest, asked, outputs)

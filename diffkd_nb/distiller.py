@@ -143,6 +143,7 @@ class Distiller(nn.Module):
     dense = False # Whether logits may be maps (B, K, H, W)
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
+    for_boxes = False # Whether it is defined for detectors alone
     teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice
     use = '' # When to use it, one sentence
 
@@ -178,6 +179,7 @@ def output_refusal(
 ) -> str|None: # A sentence, None where it is defined
     "Why a method is not defined for a kind of outputs"
     kind = 'function' if callable(output) else output or 'classes'
+    if method.for_boxes: return f"{method.__name__} is defined for detectors, and this model gives no boxes: use {method.instead}."
     if kind in method.outputs: return None
     words = ' or '.join(OUTPUTS[k] for k in method.outputs if not k.endswith('probabilities'))
     what = f'are {OUTPUTS[kind]}' if kind in OUTPUTS else 'have a distance of their own'

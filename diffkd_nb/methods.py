@@ -25,17 +25,19 @@ from .logits_since import GDKD, MEAL, PSKD, TAID, TTM, WTTM
 from .features_since import CanKD, FMKT, LSHFM
 from .dskd import DSKD
 from .dense_methods import CIRKD, CWD, MasKD
+from .detection_methods import FGD, FRS, PKD, BoxFitNet, HeadKD
 
 # %% auto #0
 __all__ = ['METHODS', 'parse_method', 'get_method', 'option_defaults', 'check_options', 'Together', 'together', 'Method',
            'all_options', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID',
            'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM',
-           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian',
-           'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses', 'find_classifier']
+           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD', 'dkd_loss', 'ofa_loss',
+           'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses', 'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #dfe2c85a
 _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM',
-         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD',
+         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD',
+         'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD',
          'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
          'find_classifier']
 
@@ -44,7 +46,7 @@ _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', '
 METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=CRD, srrl=SRRL, vid=VID,
                reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller, ttm=TTM, wttm=WTTM, gdkd=GDKD, taid=TAID, pskd=PSKD,
                meal=MEAL, fmkt=FMKT, lshfm=LSHFM, cankd=CanKD, dskd=DSKD, cwd=CWD, cirkd=CIRKD,
-               maskd=MasKD)
+               maskd=MasKD, fgd=FGD, pkd=PKD, frs=FRS, fitnet_boxes=BoxFitNet, heads=HeadKD)
 
 def get_method(
     name:str # A key of `METHODS`, or several joined by `'+'`
@@ -307,7 +309,9 @@ def _example(cls):
     taps = dict(feature=[_example_tap('feature', last, last, name='0')],
                 logits=[_example_tap('logits', scores, scores, 'logits')],
                 stages=[_example_tap(f'stage{i}', s, s) for i,s in maps],
-                exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps])
+                exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps],
+                fpn=[_example_tap(f'fpn.{i}', (256, s, s), (256, s, s)) for i,s in enumerate((32, 16, 8))],
+                heads=[_example_tap(f'head.{n}', (c, 12096, 1), (c, 12096, 1)) for n,c in (('classes', 80), ('boxes', 4))])
     teacher = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 100))
     return [t for d in cls.default_taps for t in taps[d]], Context(teacher, n_data=2)
 

@@ -547,8 +547,9 @@ def head_pairs(
                     for records in (student, teacher))
     both = [k for k in _HEADS if k in mine and k in theirs]
     if not both:
+        who = 'the student' if not mine else 'the teacher' if not theirs else 'one of them'
         raise ValueError("taps=['heads'] compares the dense heads of two one-stage detectors (RetinaNet, FCOS), and "
-                         f"{'the student' if not mine else 'the teacher' if not theirs else 'one of them'} has none like it: use taps=['fpn'].")
+                         f"{who} has none like it: use taps=['fpn'].")
     layout = Layout('sequence')
     for k in both:
         if mine[k].shape[1:] != theirs[k].shape[1:]:
