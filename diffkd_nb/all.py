@@ -7,6 +7,7 @@ from .autoencoder import *
 from .shared_linear import *
 from .diffusion import *
 from .controls import *
+from .denoisers import *
 from .losses import *
 from .distiller import *
 from .diffkd import *
@@ -19,6 +20,7 @@ from .logits_since import *
 from .features_since import *
 from .dskd import *
 from .dense_methods import *
+from .detection_methods import *
 from .methods import *
 from .outputs import *
 from .engine import *
@@ -34,7 +36,10 @@ from .published import *
 from .segmentation_data import *
 from .segmentation_models import *
 from .segmentation import *
+from .detection_data import *
 from .text import *
+from .detection_models import *
+from .detection import *
 from .plots import *
 from .teacher_cache import *
 from .fast import *

@@ -265,12 +265,13 @@ class BoxDL(FileDL):
         x, *rest = b
         return [p.float()/255 for p in x], *rest
 
-# %% ../nbs/16_detection_data.ipynb #b8184ead
+# %% ../nbs/16_detection_data.ipynb #efdf05f1
 def draw_boxes(
     x:Tensor, # Picture (3, H, W), 0 to 1
     found:dict, # `boxes`, `labels`, perhaps `scores`
     classes:Sequence=(), # Names of the labels from 1
     least:float=.3, # Boxes of a lower score are not drawn
+    most:int=100, # Nor are those beyond the best
     ctx=None, # Axes
     **kwargs # For fastai's `show_image`
 ): # Axes
@@ -279,7 +280,8 @@ def draw_boxes(
     from matplotlib.patches import Rectangle
     ax = show_image(x.cpu().clamp(0, 1), ctx=ctx, **kwargs)
     scores = found.get('scores', torch.ones(len(found['boxes'])))
-    for (l,t,r,b),k,s in zip(found['boxes'].tolist(), found['labels'].tolist(), scores.tolist()):
+    best = scores.argsort(descending=True)[:most]
+    for (l,t,r,b),k,s in zip(*(v[best].tolist() for v in (found['boxes'], found['labels'], scores))):
         if s < least: continue
         colour = colormaps['tab10'](k % 10)
         ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, edgecolor=colour, linewidth=1.5))
@@ -476,13 +478,13 @@ def _fit(found, asked, what):
     if said: print(f"{what}: {' and '.join(said)}", file=sys.stderr)
     return found
 
-# %% ../nbs/16_detection_data.ipynb #88b0da49
+# %% ../nbs/16_detection_data.ipynb #090fa013
 def draw_objects(
     n:int, # Pictures
     size:tuple=(96, 128), # (height, width)
     seed:int=0 # Of shapes and colours
 ): # Yields (picture (H, W, 3) uint8, rows as of `picture`)
-    "Pictures with one to four warm discs (1) and cold squares (2)"
+    "Pictures with one to four warm discs (1) and cold squares (2), side by side"
     rng = np.random.RandomState(seed)
     row, col = np.mgrid[:size[0], :size[1]]
     for _ in range(n):
@@ -490,6 +492,7 @@ def draw_objects(
         for c in rng.randint(1, 3, rng.randint(1, 5)):
             r = rng.randint(min(size)//10, min(size)//4)
             cy, cx = rng.randint(r, size[0] - r), rng.randint(r, size[1] - r)
+            if any(max(abs(cx - (a + b)/2), abs(cy - (t + d)/2)) < r + (b - a)/2 for a,t,b,d,*_ in rows): continue
             far = np.hypot(row - cy, col - cx) if c == 1 else np.maximum(abs(row - cy), abs(col - cx))
             x[far < r] = (rng.randint(120, 200, 3) + np.array([50, 0, -50])*(1 if c == 1 else -1)).clip(0, 255)
             rows.append((cx - r, cy - r, cx + r, cy + r, c, 0))
