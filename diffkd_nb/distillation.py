@@ -27,7 +27,7 @@ from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
-           'Distillation', 'transformed', 'own_dtype', 'ask_detector', 'boxes_of']
+           'Distillation', 'transformed', 'own_dtype', 'ask_detector', 'Proposals', 'boxes_of']
 
 # %% ../nbs/08_distillation.ipynb #b98d74c1
 class Tally:
@@ -278,7 +278,8 @@ def prepare(self:Distillation,
     self.engine = None
     self.plan,self.made_of = plan,self.fingerprint()
     self._student_capture = Capture(self.student, {t.name: t.student for t in plan}, 'student')
-    self._teacher_capture = None
+    self._teacher_capture, rois = None, any(t.name.startswith('roi.') for t in plan)
+    self._proposals = Proposals(self.student) if rois else None
     if not self.teacherless: self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
     if self.waiting is not None: self.load_state_dict(self.waiting)
     return self
@@ -418,13 +419,14 @@ def expect(self:Distillation,
 def attach(self:Distillation):
     "Put the hooks on the student"
     self._student_capture.attach()
+    if self._proposals is not None: self._proposals.attach()
 
 @patch
 def detach(self:Distillation):
     "Take all hooks away and forget what they kept"
     if self.plan is None: return
-    self._student_capture.detach()
-    if self._teacher_capture is not None: self._teacher_capture.detach()
+    for c in (self._student_capture, self._teacher_capture, self._proposals):
+        if c is not None: c.detach()
 
 @patch
 def __enter__(self:Distillation):
@@ -440,13 +442,33 @@ def __exit__(self:Distillation, *exc): self.finish()
 def ask_detector(
     model:nn.Module, # A detector
     images:Sequence, # Pictures
-    names # Names of the modules whose outputs are wanted
+    names, # Names of the modules whose outputs are wanted
+    proposals:Sequence|None=None # Boxes that the box head of a two-stage detector is asked about; its own by default
 ):
     "Run a detector as far as it takes to reach some modules"
-    model = unwrap(model)
-    if any(n.partition('.')[0] not in ('transform', 'backbone', 'head') for n in names): return model(list(images))
-    maps = model.backbone(model.transform(list(images))[0].tensors)
-    if any(n.partition('.')[0] == 'head' for n in names): model.head(list(maps.values()))
+    model, parts = unwrap(model), {n.partition('.')[0] for n in names}
+    if not parts <= {'transform', 'backbone', 'head', *(('roi_heads',) if proposals else ())}: return model(list(images))
+    x = model.transform(list(images))[0]
+    maps = model.backbone(x.tensors)
+    if 'head' in parts: model.head(list(maps.values()))
+    if 'roi_heads' in parts:
+        r = model.roi_heads
+        r.box_predictor(r.box_head(r.box_roi_pool(maps, proposals, x.image_sizes)))
+
+class Proposals:
+    "Keeps the boxes that a two-stage detector looks at"
+    def __init__(self, model:nn.Module): self.model,self.boxes,self.handle = model,None,None
+
+    def attach(self):
+        "Put the hook in place"
+        self.detach()
+        keep = lambda m, args: setattr(self, 'boxes', [b.detach() for b in args[1]])
+        self.handle = unwrap(self.model).roi_heads.box_roi_pool.register_forward_pre_hook(keep)
+
+    def detach(self):
+        "Take it away and forget the boxes"
+        if self.handle is not None: self.handle.remove()
+        self.boxes = self.handle = None
 
 def boxes_of(
     model:nn.Module, # A detector
@@ -477,7 +499,8 @@ def run_teacher(self:Distillation,
 def _ask(self:Distillation, xb):
     "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
-        if is_detector(self.teacher): ask_detector(self.teacher, xb[0], {t.teacher.name for t in self.plan})
+        if is_detector(self.teacher):
+            ask_detector(self.teacher, xb[0], {t.teacher.name for t in self.plan}, self._proposals and self._proposals.boxes)
         else: self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()
 
@@ -529,7 +552,8 @@ def __call__(self:Distillation,
     step = Step(student, teacher, outputs, losses, sum(losses.values()))
     for f in self.observers: f(step, task)
     own = {} if task is None else {'task': task}
-    self.tally.add({**own, **losses, **self.distiller.stats}, len(next(iter(student.values()))))
+    n = len(xb[0]) if is_detector(self.student) else len(next(iter(student.values())))
+    self.tally.add({**own, **losses, **self.distiller.stats}, n)
     return step
 
 # %% ../nbs/08_distillation.ipynb #05343c28

@@ -30,7 +30,7 @@ _METHODS = { # Our names of methods to the paper's
     'diffkd:adapter=False': 'DiffKD without noise adapter',
     **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)},
     'frs': 'FRS', 'fgd': 'FGD', 'fgd:inside=5e-05,outside=2.5e-05,attention=5e-05,relation=5e-07': 'FGD',
-    **{f'diffkd:{loss}kd_weight=5,diffusion_weight=5{more}': f'DiffKD{paper}' for more in ('', '+heads:classes=0')
+    **{f'diffkd:{loss}kd_weight=5,diffusion_weight=5{more}': f'DiffKD{paper}' for more in ('', '+heads:classes=0', '+rois:classes=0')
        for loss,paper in (('', ''), ('feature_loss=attention_mse,', ' (attention MSE)'),
                           ('denoiser=unet,', ' with UNet (DDPM)'), ('denoiser=diffusion,', ' with Efficient DM'))}}
 

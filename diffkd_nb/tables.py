@@ -63,7 +63,7 @@ _FIVE, _REGRESS = 'kd_weight=5,diffusion_weight=5', '+heads:classes=0'
 _ATTENTION = f'feature_loss=attention_mse,{_FIVE}'
 _ONE_STAGE = ('alone', 'fitnet', 'frs', 'fgd', f'diffkd:{_FIVE}{_REGRESS}', f'diffkd:{_ATTENTION}{_REGRESS}')
 _FGD2 = 'fgd:inside=5e-05,outside=2.5e-05,attention=5e-05,relation=5e-07'
-_TWO_STAGE = ('alone', 'fitnet', _FGD2, f'diffkd:{_FIVE}', f'diffkd:{_ATTENTION}')
+_TWO_STAGE = ('alone', 'fitnet', _FGD2, *(f'diffkd:{d}+rois:classes=0' for d in (_FIVE, _ATTENTION)))
 
 # %% ../nbs/29_tables.ipynb #717ebee8
 TABLES = { # Number in the paper to its grid

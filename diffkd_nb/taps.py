@@ -21,8 +21,8 @@ __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'p
            'find_layout', 'word_mask', 'masked_mean', 'to_map', 'eval_mode', 'train_mode', 'Record', 'dry_run',
            'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'first_tensor',
            'stage_features', 'Place', 'Tap', 'check_pair', 'is_detector', 'gives_boxes', 'pyramid', 'level_pairs',
-           'head_pairs', 'check_pictures', 'in_training', 'named_tap', 'check_taps', 'plan_taps', 'gives_maps',
-           'plan_table', 'Call', 'Capture']
+           'head_pairs', 'roi_pairs', 'check_pictures', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
+           'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
 def unwrap(
@@ -557,6 +557,27 @@ def head_pairs(
                              "anchors x values: both need the same anchors and classes.")
         yield f'head.{_HEADS[k]}', 'feature', f'head[{k}]', f'head[{k}]', (layout, layout)
 
+# %% ../nbs/00_taps.ipynb #051f0655
+_ROI = 'roi_heads.box_predictor' # Module that gives class scores and box offsets, one row for each proposal
+
+def roi_pairs(
+    student:Sequence[Record], # From `dry_run` of the student
+    teacher:Sequence[Record] # Of the teacher
+): # Yields requests as of `named_tap`
+    "What two box heads give; `ValueError` where there are none or where their classes differ"
+    mine, theirs = (next((r.output for r in records if r.name == _ROI), None) for records in (student, teacher))
+    if mine is None or theirs is None:
+        raise ValueError("taps=['rois'] compares the box heads of two two-stage detectors (Faster R-CNN), and "
+                         f"{'the student' if mine is None else 'the teacher'} has none: use taps=['fpn'].")
+    layout = Layout('vector')
+    for i,name in enumerate(('classes', 'boxes')):
+        if mine[i].shape[1] != theirs[i].shape[1]:
+            raise ValueError(f"the box heads give {mine[i].shape[1]} (student) and {theirs[i].shape[1]} (teacher) values of {name} for a "
+                             "proposal: both need the same classes.")
+        yield f'roi.{name}', 'feature', f'{_ROI}[{i}]', f'{_ROI}[{i}]', (layout, layout)
+
+_OF_DETECTORS = dict(fpn=level_pairs, heads=head_pairs, rois=roi_pairs) # Words for taps of detectors
+
 # %% ../nbs/00_taps.ipynb #a58bb39e
 def check_pictures(
     student:nn.Module, # The model that is trained
@@ -635,6 +656,7 @@ def _check_place(place, out, records, role):
     "Refuse what has the batch elsewhere, and a teacher whose numbers are not finite"
     final, where = next(iter(_tensors_in(records[-1].output)), None), place.name or 'its last layer'
     batch = len(records[-1].output) if gives_boxes(records) else len(final) if final is not None and final.dim() else None
+    if place.name == _ROI: batch = None         # has one row for each proposal
     if batch is not None and len(out) != batch:
         raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to stand on "
                          "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers).")
@@ -698,7 +720,7 @@ def _requests(taps, s_rec, t_rec, stages, key=None):
     for t in _as_list(taps):
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec), (None, None)
         elif t == 'logits': yield 'logits', 'logits', class_map(s_rec, key), class_map(t_rec, key), (None, None)
-        elif t in ('fpn', 'heads'): yield from (level_pairs if t == 'fpn' else head_pairs)(s_rec, t_rec)
+        elif t in _OF_DETECTORS: yield from _OF_DETECTORS[t](s_rec, t_rec)
         elif t in ('stages', 'exits'):
             ss, ts = stages()
             pairs = list(zip(ss[::-1], ts[::-1]))[::-1] if t == 'stages' else [(s, '') for s in ss]
@@ -714,7 +736,7 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', 'fpn', 'heads', (student name, teacher name), (student name, "
+        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, teacher name), (student name, "
                          f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
@@ -732,7 +754,7 @@ def check_taps(
     check_pair(student, teacher)
     seen = []
     for t in _as_list(taps):
-        if isinstance(t, str) and t in ('feature', 'logits', 'stages', 'exits', 'fpn', 'heads'): name = t
+        if isinstance(t, str) and t in ('feature', 'logits', 'stages', 'exits', *_OF_DETECTORS): name = t
         else:
             name, _, s, u, layouts = named_tap(t)
             for m,n,role in ((student, s, 'student'), (teacher, u, 'teacher')): get_module(m, _call(_field(n)[0])[0], role)

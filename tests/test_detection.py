@@ -128,6 +128,24 @@ def test_dense_heads_of_fcos_have_centres(data):
     assert row['centres'] > 0
 
 
+def test_both_box_heads_are_asked_about_the_students_proposals(data, batch):
+    two = SMALL.format('fasterrcnn', 2, 8), SMALL.format('fasterrcnn', 4, 16)
+    taps = [f'fpn.{k}' for k in ('0', '1', '2', '3', 'pool')] + ['roi.classes', 'roi.boxes']
+    check_one_line(*two, data, lambda t, **kw: DistillCallback(t, 'diffkd+rois', **kw), taps=taps)
+    student, teacher = models(*two)
+    with Distillation(student, teacher, 'rois', batch) as kd:
+        drawn = []
+        h = student.roi_heads.box_roi_pool.register_forward_pre_hook(lambda m, a: drawn.extend(a[1]))
+        student(*batch); h.remove()
+        calls = CountCalls(teacher.rpn); step = kd(batch); step.total.backward()
+    with torch.no_grad(), eval_mode(teacher):
+        x = teacher.transform(list(batch[0]))[0]
+        scores, offsets = teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(teacher.roi_heads.box_roi_pool(teacher.backbone(x.tensors), drawn, x.image_sizes)))
+    torch.testing.assert_close(step.teacher['roi.classes'][..., 0, 0], scores); torch.testing.assert_close(step.teacher['roi.boxes'][..., 0, 0], offsets)
+    assert calls.n == 0 and student.roi_heads.box_predictor.cls_score.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="box heads of two two-stage detectors .*, and the teacher has none"): Distillation(student, models(STUDENT, TEACHER)[1], 'rois', batch)
+
+
 # ---- what is compared
 
 @pytest.fixture(scope='module')
