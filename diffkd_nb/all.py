@@ -8,6 +8,7 @@ from .autoencoder import *
 from .shared_linear import *
 from .diffusion import *
 from .controls import *
+from .denoisers import *
 from .losses import *
 from .distiller import *
 from .diffkd import *
@@ -20,6 +21,7 @@ from .logits_since import *
 from .features_since import *
 from .dskd import *
 from .dense_methods import *
+from .detection_methods import *
 from .methods import *
 from .outputs import *
 from .engine import *
@@ -35,7 +37,10 @@ from .published import *
 from .segmentation_data import *
 from .segmentation_models import *
 from .segmentation import *
+from .detection_data import *
 from .text import *
+from .detection_models import *
+from .detection import *
 from .plots import *
 from .teacher_cache import *
 from .fast import *

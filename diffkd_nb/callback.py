@@ -30,7 +30,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 from .rng import same_rng
 from .files import write_whole
-from .taps import check_taps, named_tap, tensors_of, unwrap
+from .taps import check_taps, is_detector, named_tap, tensors_of, unwrap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble
@@ -51,7 +51,13 @@ def first_samples(
 ) -> tuple: # Inputs of the model
     "The first samples of a batch"
     few = lambda x: x[:n].as_subclass(Tensor) if isinstance(x, Tensor) and x.dim() else x
-    return tuple(tree_map(few, x) for x in (xb if isinstance(xb, (tuple, list)) else (xb,)))
+    xb = xb if isinstance(xb, (tuple, list)) else (xb,)
+    if len(xb) > 1 and _targets(xb[1]): return tuple(x[:n] if isinstance(x, (list, tuple)) else few(x) for x in xb)
+    return tuple(tree_map(few, x) for x in xb)
+
+def _targets(x):
+    "Whether an input is a list with the boxes of each sample"
+    return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(t, dict) and 'boxes' in t for t in x)
 
 # %% ../nbs/09_callback.ipynb #2ea1e3d8
 class OptimizerTail:
@@ -262,12 +268,15 @@ def _distillation(self:DistillCallback) -> Distillation:
 @patch
 def _meaning(self:DistillCallback):
     "What the logits mean: as said, or as the Learner's loss has it; None where it does not tell and nothing asks"
+    names = self.method.name.split('+') if isinstance(self.method, Method) else []
+    boxes = [] if is_detector(self.learn.model) else [n for n in names if METHODS[n].for_boxes]
+    if boxes: raise ValueError(output_refusal(METHODS[boxes[0]]))
     if not self._reads_outputs(): return self.output or _or_none(self.learn.loss_func)
     kind = output_kind(self.learn.loss_func, self.output)
-    names = self.method.name.split('+') if isinstance(self.method, Method) else []
     for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(why)
     return kind
 
+# %% ../nbs/09_callback.ipynb #f84feca6
 def _or_none(loss):
     try: return output_kind(loss)
     except ValueError: return None
@@ -276,6 +285,7 @@ def _or_none(loss):
 def _reads_outputs(self:DistillCallback):
     "Whether the method compares outputs or asks what they mean, as far as that is known"
     asked = ['feature', 'logits'] if self.asked_taps is None else self.asked_taps
+    if is_detector(self.learn.model) and self.given_taps is None: asked = []        # boxes have no scores in front
     kinds = [t if isinstance(t, str) else named_tap(t)[1] for t in asked] + [t.kind for t in self.plan or ()]
     return 'output' in self.method.needs or bool({'logits', 'exits'} & set(kinds))
 
@@ -698,6 +708,7 @@ class DiffKDCallback(DistillCallback):
         weights:dict|None=None, # Tap name to a factor on all its losses
         paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
         pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
+        levels:str='own', # Levels of a detector's pyramid have a denoiser each, or `'shared'`: one for all
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
         verbose:bool=True, # Print the plan
@@ -712,7 +723,7 @@ class DiffKDCallback(DistillCallback):
     ):
         opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances, weights=weights,
                     kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, **kwargs)
+                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, levels=levels, **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output, classes, teacher_engine)

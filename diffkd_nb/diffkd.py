@@ -20,14 +20,15 @@ from .padding import PaddedNorm, padding_at, split_mark, words_of
 from .noise_adapter import NoiseAdapter, mix
 from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
-from .diffusion import N_TIMES, Denoiser, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
+from .diffusion import N_TIMES, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
+from .denoisers import make_denoiser
 from .controls import clean_loss, ddim_denoise_from, gamma_to_time, log_snr_schedule, mix_vp, noise_from_clean
 from .controls import own_norms, student_guess
 from .losses import SCORES, Scores, get_distance
 from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
-__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'DiffKDDistiller']
+__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'Levels', 'DiffKDDistiller']
 
 # %% ../nbs/05_diffkd.ipynb #cca7c862
 def common_size(
@@ -74,7 +75,7 @@ class DiffKD(nn.Module):
         steps:int=5, # Denoiser calls on the student's feature
         start:str|int='released', # First time of denoising, see `ddim_times`; `'gamma'`: the one that gamma implies
         adapter:bool=True, # Without it no noise is added and gamma is 1
-        denoiser:str='diffusion', # `'identity'` leaves the denoiser out: a control, not the method
+        denoiser:str|nn.Module|Callable='diffusion', # Or `'unet'`, or your own, see `make_denoiser`; `'identity'`: none, a control
         trained_by:str='both', # Which loss trains the denoiser: `'both'`, `'diffusion'` or `'kd'` alone
         norms:str='shared', # BatchNorm of the denoiser: `'shared'`, or `'separate'` layers for the student's maps
         distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits, `'dist'` for maps of classes by default
@@ -88,8 +89,7 @@ class DiffKD(nn.Module):
         least_width:int=4 # Smallest inner width of a class map's denoiser, half of it in the adapter
     ):
         super().__init__()
-        _check(kind=kind, align=align, denoiser=denoiser, trained_by=trained_by, norms=norms, predicts=predicts,
-               mixing=mixing, dense_form=dense_form)
+        _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing, dense_form=dense_form)
         _check_pairs(kind, distance, start, adapter)
         self.kind, self.align = kind, align
         self.steps, self.start = steps, start
@@ -108,7 +108,7 @@ class DiffKD(nn.Module):
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _FORMS = dict(bottleneck='feature', pointwise='logits')
 _CHOICES = dict(kind=('feature', 'words', 'logits', 'dense'), dense_form=tuple(_FORMS), align=('smaller', 'student', 'teacher'),
-                denoiser=('diffusion', 'identity'), trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'),
+                trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'),
                 predicts=('noise', 'clean'), mixing=('paper', 'vp'))
 def _check(**given):
     "`ValueError` for an option that is none of its choices"
@@ -142,8 +142,11 @@ def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter
     self.autoencoder = LinearAutoencoder(teacher_channels, L, norm) if wide else None
     self.project_in = nn.Conv2d(student_channels, L, 1) if maps else nn.Linear(student_channels, L)
     self.adapter = NoiseAdapter(L, self.form, self.least[1]) if adapter else None
-    self.denoiser = Denoiser(L, self.form, self.least[0]) if denoiser == 'diffusion' else None
+    none = isinstance(denoiser, str) and denoiser == 'identity'
+    self.denoiser = None if none else make_denoiser(denoiser, L, self.form, self.least[0])
     self.norms = own_norms(self.denoiser) if norms == 'separate' and self.denoiser is not None else None
+    if self.norms is not None and not len(self.norms):
+        raise ValueError("norms='separate' needs a denoiser with BatchNorm layers: leave it out.")
     out = [nn.Conv2d(L, L, 1), norm(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
     self.project_out = nn.Sequential(*out)
     self.schedule = NoiseSchedule()
@@ -350,6 +353,28 @@ def _check_pretrain(n, taps):
     if n and len(taps) and all(t.denoiser is None and t.autoencoder is None for t in taps):
         raise ValueError(f"pretrain={n} teaches denoiser and autoencoder, and no tap has one: leave pretrain out.")
 
+# %% ../nbs/05_diffkd.ipynb #7bfc42a0
+class Levels(nn.ModuleList):
+    "Modules by place, several of which may share one"
+    def __init__(self,
+        modules, # Each module once
+        which # For each place the number of its module
+    ):
+        super().__init__()
+        self.which = list(which)
+        for i,m in enumerate(modules): self.add_module(str(i), m)
+
+    def __len__(self): return len(self.which)
+    def __iter__(self): return iter([self._modules[str(w)] for w in self.which])
+    def __getitem__(self, i): return self._modules[str(self.which[i])]
+
+def _shared_levels(plan, levels):
+    "For each tap the number of its module; `ValueError` for a choice that is none"
+    if levels not in ('own', 'shared'): raise ValueError(f"levels must be 'own' or 'shared', got {levels!r}.")
+    key = lambda t: (t.student.shape[0], t.teacher.shape[0]) if levels == 'shared' and t.name.startswith('fpn.') else t.name
+    keys = list(dict.fromkeys(map(key, plan)))
+    return [keys.index(key(t)) for t in plan]
+
 # %% ../nbs/05_diffkd.ipynb #23be13b3
 class DiffKDDistiller(Distiller):
     "DiffKD on every tap of a plan (paper, eq. 9 without the task loss)"
@@ -369,6 +394,7 @@ class DiffKDDistiller(Distiller):
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
         paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
         pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
+        levels:str='own', # Levels of a pyramid have a denoiser each, or `'shared'`: one for all of the same width
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
                  # align, zscore, predicts, mixing, dense_form, least_width
     ):
@@ -383,9 +409,10 @@ class DiffKDDistiller(Distiller):
         if paced: check_paced(plan)
         losses = dict(feature=feature_loss, words=feature_loss, logits=logits_loss, dense=dense_loss)
         kinds = [t.form for t in plan]
-        self.taps = nn.ModuleList(DiffKD(t.student.shape[0], t.teacher.shape[0], kind, output=t.output,
-                                         distance=distances.get(t.name, losses[kind]), **kwargs)
-                                  for t,kind in zip(plan, kinds))
+        which = _shared_levels(plan, levels)
+        self.taps = Levels((DiffKD(t.student.shape[0], t.teacher.shape[0], kind, output=t.output,
+                                   distance=distances.get(t.name, losses[kind]), **kwargs)
+                            for i,(t,kind) in enumerate(zip(plan, kinds)) if which.index(which[i]) == i), which)
         _check_pretrain(pretrain, self.taps)
         if pretrain: self.register_buffer('pretrained', torch.tensor(0))
 
@@ -435,9 +462,10 @@ def learn_teacher(self:DiffKDDistiller, teacher, draws=None):
 def columns(self:DiffKDDistiller) -> dict: # Header to one value per tap
     "What the plan's table says about each tap: latent width and number of training-only parameters"
     return {'latent': [t.width if t.autoencoder is not None else '-' for t in self.taps],
-            'added parameters': [f'{sum(p.numel() for p in t.parameters()):,}' for t in self.taps]}
+            'added parameters': [f'{sum(p.numel() for p in t.parameters()):,}' if list(self.taps).index(t) == i else 'shared'
+                                 for i,t in enumerate(self.taps)]}
 
 @patch
 def pieces(self:DiffKDDistiller) -> list: # The taps, but for sentences, whose length changes
     "What `torch.compile` is applied to: random numbers are drawn outside"
-    return [t for t in self.taps if t.kind != 'words']
+    return [t for t in dict.fromkeys(self.taps) if t.kind != 'words']

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .padding import PaddedNorm
-from .taps import Capture, check_pair, eval_mode, moved, plan_table, plan_taps, tensors_of, unwrap
+from .taps import Capture, check_pair, eval_mode, is_detector, moved, plan_table, plan_taps, tensors_of, unwrap
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
 from .methods import METHODS, Method, get_method
@@ -28,7 +28,7 @@ from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
-           'Distillation', 'transformed', 'own_dtype']
+           'Distillation', 'transformed', 'own_dtype', 'ask_detector', 'Proposals', 'boxes_of']
 
 # %% ../nbs/08_distillation.ipynb #b98d74c1
 class Tally:
@@ -102,13 +102,15 @@ class CustomMethod:
     ):
         source = getattr(distiller, 'func', distiller)
         self.distiller,self.needs = distiller,tuple(getattr(source, 'needs', ()))
-        self.default_taps,self.of_maps = (getattr(source, k, None) for k in ('default_taps', 'dense_taps'))
+        self.default_taps,self.of_maps,self.of_boxes = (
+            getattr(source, k, None) for k in ('default_taps', 'dense_taps', 'box_taps'))
         self.by_word = getattr(source, 'by_word', False)
         self.name,self.task_weight = getattr(source, '__name__', type(source).__name__),1.
 
     def __str__(self): return self.name
     def taps(self, asked=None): return self.default_taps if asked is None else asked
     def dense_taps(self, asked=None): return self.of_maps if asked is None else None
+    def box_taps(self, asked=None): return (self.of_boxes or ['fpn']) if asked is None else None
     def make(self, plan, context):
         if isinstance(self.distiller, nn.Module): return as_distiller(self.distiller)
         given = {k: v for k,v in context._asdict().items() if k in self.needs}
@@ -271,7 +273,7 @@ def prepare(self:Distillation,
     with same_rng():
         with seeded((seed + 0x5eed) % 2**63):
             taps = self.method.taps(self.asked_taps)
-            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps))
+            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps), self.method.box_taps(self.asked_taps))
             keep = self.distiller is not None and plan == self.plan and self.data_is_same()
             if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
@@ -279,7 +281,8 @@ def prepare(self:Distillation,
     self.engine = None
     self.plan,self.made_of = plan,self.fingerprint()
     self._student_capture = Capture(self.student, {t.name: t.student for t in plan}, 'student')
-    self._teacher_capture = None
+    self._teacher_capture, rois = None, any(t.name.startswith('roi.') for t in plan)
+    self._proposals = Proposals(self.student) if rois else None
     if not self.teacherless: self._teacher_capture = Capture(self.teacher, {t.name: t.teacher for t in plan}, 'teacher')
     if self.waiting is not None: self.load_state_dict(self.waiting)
     return self
@@ -295,13 +298,14 @@ def _made(self:Distillation, plan):
 
 # %% ../nbs/08_distillation.ipynb #37307dda
 @patch
-def _find_taps(self:Distillation, xb, taps, dense_taps=None):
+def _find_taps(self:Distillation, xb, taps, dense_taps=None, box_taps=None):
     "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
     teacher = deepcopy(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
-                     output=self.output, classes=self.classes, dense_taps=dense_taps, by_word=self.method.by_word)
+                     output=self.output, classes=self.classes, dense_taps=dense_taps, box_taps=box_taps,
+                     by_word=self.method.by_word)
     dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
@@ -420,13 +424,14 @@ def expect(self:Distillation,
 def attach(self:Distillation):
     "Put the hooks on the student"
     self._student_capture.attach()
+    if self._proposals is not None: self._proposals.attach()
 
 @patch
 def detach(self:Distillation):
     "Take all hooks away and forget what they kept"
     if self.plan is None: return
-    self._student_capture.detach()
-    if self._teacher_capture is not None: self._teacher_capture.detach()
+    for c in (self._student_capture, self._teacher_capture, self._proposals):
+        if c is not None: c.detach()
 
 @patch
 def __enter__(self:Distillation):
@@ -437,6 +442,50 @@ def __enter__(self:Distillation):
 
 @patch
 def __exit__(self:Distillation, *exc): self.finish()
+
+# %% ../nbs/08_distillation.ipynb #3d709c1f
+def ask_detector(
+    model:nn.Module, # A detector
+    images:Sequence, # Pictures
+    names, # Names of the modules whose outputs are wanted
+    proposals:Sequence|None=None # Boxes that the box head of a two-stage detector is asked about; its own by default
+):
+    "Run a detector as far as it takes to reach some modules"
+    model, parts = unwrap(model), {n.partition('.')[0] for n in names}
+    if not parts <= {'transform', 'backbone', 'head', *(('roi_heads',) if proposals else ())}: return model(list(images))
+    x = model.transform(list(images))[0]
+    maps = model.backbone(x.tensors)
+    if 'head' in parts: model.head(list(maps.values()))
+    if 'roi_heads' in parts:
+        r = model.roi_heads
+        r.box_predictor(r.box_head(r.box_roi_pool(maps, proposals, x.image_sizes)))
+
+class Proposals:
+    "Keeps the boxes that a two-stage detector looks at"
+    def __init__(self, model:nn.Module): self.model,self.boxes,self.handle = model,None,None
+
+    def attach(self):
+        "Put the hook in place"
+        self.detach()
+        keep = lambda m, args: setattr(self, 'boxes', [b.detach() for b in args[1]])
+        self.handle = unwrap(self.model).roi_heads.box_roi_pool.register_forward_pre_hook(keep)
+
+    def detach(self):
+        "Take it away and forget the boxes"
+        if self.handle is not None: self.handle.remove()
+        self.boxes = self.handle = None
+
+# %% ../nbs/08_distillation.ipynb #bde4f3bc
+def boxes_of(
+    model:nn.Module, # A detector
+    xb:Sequence # Its inputs: pictures and targets
+) -> list: # For each picture (n, 4): left, top, right, bottom as shares of the padded batch, 0 to 1
+    "Where the true boxes lie on the maps; `ValueError` for inputs without boxes"
+    if not is_detector(model) or len(xb) < 2: raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'.")
+    transform, empty = unwrap(model).transform, [x.new_empty(x.shape, device='meta') for x in xb[0]]
+    with eval_mode(transform): x, found = transform(empty, [{'boxes': t['boxes']} for t in xb[1]])
+    h, w = x.tensors.shape[-2:]
+    return [t['boxes']/t['boxes'].new_tensor([w, h, w, h]) for t in found]
 
 # %% ../nbs/08_distillation.ipynb #b41919b4
 @patch
@@ -456,7 +505,9 @@ def run_teacher(self:Distillation,
 def _ask(self:Distillation, xb):
     "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
-        self._teacher_capture.note_output(self.teacher(*xb))
+        if is_detector(self.teacher):
+            ask_detector(self.teacher, xb[0], {t.teacher.name for t in self.plan}, self._proposals and self._proposals.boxes)
+        else: self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()
 
 @patch
@@ -513,11 +564,13 @@ def __call__(self:Distillation,
         if len(m) != len(teacher[n]):
             raise ValueError(f"tap {n!r}: the student gave {len(m)} samples and the teacher {len(teacher[n])}: "
                              "both must see the same batch.")
+    if 'boxes' in self.method.needs: target = boxes_of(self.student, xb)
     losses = self.distiller(student, teacher, target, draws=self.draws, index=index)
     step = Step(student, teacher, outputs, losses, sum(losses.values()))
     for f in self.observers: f(step, task)
     own = {} if task is None else {'task': task}
-    self.tally.add({**own, **losses, **self.distiller.stats}, len(next(iter(student.values()))))
+    n = len(xb[0]) if is_detector(self.student) else len(next(iter(student.values())))
+    self.tally.add({**own, **losses, **self.distiller.stats}, n)
     return step
 
 # %% ../nbs/08_distillation.ipynb #05343c28

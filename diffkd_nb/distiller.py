@@ -136,13 +136,15 @@ class Distiller(nn.Module):
     stat_names = () # Keys of `stats`: what is worth watching and no loss
     default_taps = ['feature'] # What to compare if nobody says, see `plan_taps`
     dense_taps = None # The same for models that give maps of scores, as in segmentation; `default_taps` by default
+    box_taps = ['fpn'] # The same for detectors
     takes = dict(feature=(1, math.inf), logits=(0, 0)) # Kind of tap to the least and the largest number of them
-    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`
+    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`; 'boxes' where labels are those of a detector
     outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
     dense = False # Whether logits may be maps (B, K, H, W)
     by_word = False # Whether sentences may be compared word by word: it then gets `marked_words` and leaves padding out
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
+    for_boxes = False # Whether it is defined for detectors alone
     teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice
     use = '' # When to use it, one sentence
 
@@ -178,6 +180,7 @@ def output_refusal(
 ) -> str|None: # A sentence, None where it is defined
     "Why a method is not defined for a kind of outputs"
     kind = 'function' if callable(output) else output or 'classes'
+    if method.for_boxes: return f"{method.__name__} is defined for detectors, and this model gives no boxes: use {method.instead}."
     if kind in method.outputs: return None
     words = ' or '.join(OUTPUTS[k] for k in method.outputs if not k.endswith('probabilities'))
     what = f'are {OUTPUTS[kind]}' if kind in OUTPUTS else 'have a distance of their own'

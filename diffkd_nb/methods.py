@@ -25,17 +25,20 @@ from .logits_since import GDKD, MEAL, PSKD, TAID, TTM, WTTM
 from .features_since import CanKD, FMKT, LSHFM
 from .dskd import DSKD
 from .dense_methods import CIRKD, CWD, MasKD
+from .detection_methods import FGD, FRS, PKD, BoxFitNet, HeadKD, RoIKD
 
 # %% auto #0
 __all__ = ['METHODS', 'parse_method', 'get_method', 'option_defaults', 'check_options', 'Together', 'together', 'Method',
            'all_options', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID',
            'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM',
-           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian',
-           'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses', 'find_classifier']
+           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD', 'RoIKD', 'dkd_loss',
+           'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
+           'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #dfe2c85a
 _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM',
-         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD',
+         'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD',
+         'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD', 'RoIKD',
          'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
          'find_classifier']
 
@@ -44,7 +47,8 @@ _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', '
 METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=CRD, srrl=SRRL, vid=VID,
                reviewkd=ReviewKD, ofa=OFA, diffkd=DiffKDDistiller, ttm=TTM, wttm=WTTM, gdkd=GDKD, taid=TAID, pskd=PSKD,
                meal=MEAL, fmkt=FMKT, lshfm=LSHFM, cankd=CanKD, dskd=DSKD, cwd=CWD, cirkd=CIRKD,
-               maskd=MasKD)
+               maskd=MasKD, fgd=FGD, pkd=PKD, frs=FRS, fitnet_boxes=BoxFitNet, heads=HeadKD,
+               rois=RoIKD)
 
 def get_method(
     name:str # A key of `METHODS`, or several joined by `'+'`
@@ -83,7 +87,8 @@ def check_options(
 # %% ../nbs/07a_methods.ipynb #bcff39ef
 def _wanted(tap, default_taps):
     "Whether a method that asks for `default_taps` means this one: `'stages'` are the taps 'stage1', 'stage2', ..."
-    return any(tap.name == d or d in ('stages', 'exits') and tap.name.startswith(d[:-1]) for d in default_taps)
+    begins = dict(stages='stage', exits='exit', fpn='fpn.', heads='head.', rois='roi.')
+    return any(tap.name == d or d in begins and tap.name.startswith(begins[d]) for d in default_taps)
 
 def _split_taps(options):
     "The taps that a part asks for, None for its default, and its other options"
@@ -105,7 +110,8 @@ class Together(Distiller):
         for name in self.parts:
             cls, (asked, given) = METHODS[name], _split_taps(options.get(name, {}))
             maps = cls.dense_taps if any(t.form == 'dense' for t in plan) else None
-            own = [t for t in plan if _wanted(t, asked or maps or cls.default_taps)]
+            boxes = cls.box_taps if any(t.name.startswith(('fpn.', 'head.', 'roi.')) for t in plan) else None
+            own = [t for t in plan if _wanted(t, asked or maps or boxes or cls.default_taps)]
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
 
@@ -257,6 +263,16 @@ def dense_taps(self:Method,
     return list(dict.fromkeys(t for ts in found for t in ts))
 
 @patch
+def box_taps(self:Method,
+    asked:Sequence|str|None=None # What a run asks for
+) -> list|None: # For `plan_taps`; None where a run or the method's text asks for taps
+    "What the method compares in detectors"
+    if self.name == 'alone' or asked is not None or 'taps' in self.options: return None
+    own = [self.options] if self.name in METHODS else [self.options.get(n, {}) for n in self.name.split('+')]
+    found = [_split_taps(o)[0] or METHODS[n].box_taps for n,o in zip(self.name.split('+'), own)]
+    return list(dict.fromkeys(t for ts in found for t in ts))
+
+@patch
 def check(self:Method) -> Method: # Itself
     "`TypeError` for an option that the method does not have"
     if self.name != 'alone': check_options(get_method(self.name), {k: v for k,v in self.options.items() if k != 'taps'})
@@ -302,7 +318,10 @@ def _example(cls):
     taps = dict(feature=[_example_tap('feature', last, last, name='0')],
                 logits=[_example_tap('logits', scores, scores, 'logits')],
                 stages=[_example_tap(f'stage{i}', s, s) for i,s in maps],
-                exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps])
+                exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps],
+                fpn=[_example_tap(f'fpn.{i}', (256, s, s), (256, s, s)) for i,s in enumerate((32, 16, 8))],
+                heads=[_example_tap(f'head.{n}', (c, 12096, 1), (c, 12096, 1)) for n,c in (('classes', 80), ('boxes', 4))],
+                rois=[_example_tap(f'roi.{n}', (c, 1, 1), (c, 1, 1)) for n,c in (('classes', 81), ('boxes', 324))])
     teacher = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 100))
     return [t for d in cls.default_taps for t in taps[d]], Context(teacher, n_data=2)
 

@@ -28,7 +28,11 @@ _METHODS = { # Our names of methods to the paper's
     'diffkd:latent=None': 'DiffKD latent channels no autoencoder',
     **{f'diffkd:latent={n}': f'DiffKD latent channels {n}' for n in (128, 256, 512, 1024, 2048)},
     'diffkd:adapter=False': 'DiffKD without noise adapter',
-    **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)}}
+    **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)},
+    'frs': 'FRS', 'fgd': 'FGD', 'fgd:inside=5e-05,outside=2.5e-05,attention=5e-05,relation=5e-07': 'FGD',
+    **{f'diffkd:{loss}kd_weight=5,diffusion_weight=5{more}': f'DiffKD{paper}' for more in ('', '+heads:classes=0', '+rois:classes=0')
+       for loss,paper in (('', ''), ('feature_loss=attention_mse,', ' (attention MSE)'),
+                          ('denoiser=unet,', ' with UNet (DDPM)'), ('denoiser=diffusion,', ' with Efficient DM'))}}
 
 _PRETRAINED = '&weights=imagenet'
 _MODELS = { # Our names of models to the paper's
@@ -44,7 +48,11 @@ _MODELS = { # Our names of models to the paper's
         ('DeepLabV3?encoder=resnet101', '', 'DeepLabV3-R101'), ('PSPNet?encoder=resnet18', _PRETRAINED, 'PSPNet-R18'),
         ('DeepLabV3?encoder=resnet18&decoder_channels=128', '', 'DeepLabV3-R18 (from scratch)'),
         ('DeepLabV3?encoder=resnet18&decoder_channels=128', _PRETRAINED, 'DeepLabV3-R18'),
-        ('DeepLabV3?encoder=mobilenet_v2&decoder_channels=128', _PRETRAINED, 'DeepLabV3-MBV2'))}}
+        ('DeepLabV3?encoder=mobilenet_v2&decoder_channels=128', _PRETRAINED, 'DeepLabV3-MBV2'))},
+    **{f'torchvision:{family}_{body}_fpn?{more}': f'{paper}-{short}'
+       for family,paper in (('retinanet', 'RetinaNet'), ('fcos', 'FCOS'), ('fasterrcnn', 'Faster RCNN'))
+       for body,more,short in (('resnet101', 'norm=frozen', 'R101'), ('resnet50', 'weights=imagenet', 'R50'),
+                               ('resnext101_64x4d', 'norm=frozen', 'X101'))}}
 
 # %% ../nbs/13a_published.ipynb #7dcc6f46
 def _figure(r):

@@ -271,13 +271,17 @@ RECIPES = {r.name: r for r in ( # Recipes by name
            mixup=.8, cutmix=1., warmup=20., clip=5., drop_path=.2),
     Recipe('C1', 'Cityscapes', 217, 16, .02, weight_decay=1e-4, schedule=Polynomial(), steps=40_000,
            augmentation=('scale:0.5-2', 'crop:512x1024', 'flip')),
+    Recipe('D1', 'COCO, 1x', 12, 16, .02, weight_decay=1e-4, schedule=Steps((8, 11)), warmup=.068, augmentation=('flip',), clip=35.),
+    Recipe('D2', 'COCO, 2x', 24, 16, .02, weight_decay=1e-4, schedule=Steps((16, 22)), warmup=.136, augmentation=('flip',), clip=35.),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
     Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()),
     Recipe('text', 'sentences', 10, 64, 4e-3, 'adam', schedule=OneCycle(), augmentation=(), clip=1.),
     Recipe('tune', 'sentences, a transformer', 3, 32, 5e-5, 'adamw', weight_decay=.01, schedule=OneCycle(up=.1),
            augmentation=(), clip=1.),
     Recipe('camvid', 'CamVid at 180 x 240', 60, 8, 4e-3, 'adamw', weight_decay=.01, schedule=OneCycle(),
-           augmentation=('scale:0.5-2', 'crop', 'flip')))}
+           augmentation=('scale:0.5-2', 'crop', 'flip')),
+    Recipe('bccd', 'BCCD at 240 x 320', 60, 8, 2e-3, 'adamw', weight_decay=.01, schedule=OneCycle(),
+           augmentation=('flip', 'vflip'), clip=10.))}
 
 def get_recipe(
     name:str # A key of `RECIPES`

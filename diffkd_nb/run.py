@@ -298,7 +298,7 @@ def _finish(learn, opened, job, began, seconds):
 # %% ../nbs/24_run.ipynb #26f96e68
 def _places(plan):
     "Where a distillation really took its taps"
-    side = lambda name, p: {name: p.name, f'{name}_shape': p.shape}
+    side = lambda name, p: {name: p.title, f'{name}_shape': p.shape}
     return [dict(name=t.name, kind=t.kind, **side('student', t.student), **side('teacher', t.teacher)) for t in plan]
 
 def _cost(learn, job, began, seconds):

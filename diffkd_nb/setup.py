@@ -329,5 +329,6 @@ def plan(self:Opened) -> list: # Of `Tap`; empty for a student that learns alone
         seen = None if self.transform is None else tuple(map(self.transform, xb))
         try: return plan_taps(student, self.teacher.model, *xb, taps=self.taps, teacher_xb=seen,
                               dense_taps=self.setup.method.dense_taps(self.setup.taps),
+                              box_taps=self.setup.method.box_taps(self.setup.taps),
                               by_word=self.setup.method.by_word)
         except ValueError as e: raise InputError(str(e)) from None

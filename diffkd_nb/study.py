@@ -40,7 +40,10 @@ SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
-                  dict(precision='bf16'), 15., 'size=180x240&valid=test')}
+                  dict(precision='bf16'), 15., 'size=180x240&valid=test'),
+    'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
+                  'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd'), 'coco',
+                  dict(precision='bf16'), 30., 'empty=drop&valid=test')}
 def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
 _like('S2', 'S2 held out', query='holdout=500')
 _like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
@@ -68,6 +71,7 @@ class Question:
 
 # %% ../nbs/32_study.ipynb #3460b4e7
 _IDENTITY = 'denoiser=identity'
+_FIVE = 'kd_weight=5,diffusion_weight=5' # The paper's weight for detectors
 _TEXT = { # Variants of the question about sentences
     'alone': 'alone', 'KD': 'kd', 'DIST': 'dist', 'DKD': 'dkd', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}',
     'logits': 'diffkd:taps=logits', 'logits identity': f'diffkd:{_IDENTITY},taps=logits',
@@ -119,6 +123,11 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
         tuple(range(300, 305))),
+    Question('detection', 'Does DiffKD carry over to boxes?', 'S6', {
+        'alone': 'alone', 'FitNet': 'fitnet:weight=5', 'FGD': 'fgd', 'PKD': 'pkd', 'DiffKD': f'diffkd:{_FIVE}',
+        'identity': f'diffkd:{_IDENTITY},{_FIVE}'},
+        (('DiffKD', 'identity'), ('DiffKD', 'FitNet'), ('DiffKD', 'FGD'), ('DiffKD', 'PKD'), ('DiffKD', 'alone')),
+        tuple(range(400, 405))),
     Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
         tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 

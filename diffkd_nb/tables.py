@@ -60,6 +60,13 @@ _STUDENTS6 = tuple(f'smp:{n}' for n in (
     'PSPNet?encoder=resnet18&output_stride=8&weights=imagenet',
     'DeepLabV3?encoder=mobilenet_v2&decoder_channels=128&output_stride=8&weights=imagenet'))
 _DENSE = ('alone', 'cwd', 'cirkd', 'maskd', 'diffkd')
+_DET = lambda family, body, more='weights=imagenet': f'torchvision:{family}_{body}_fpn?{more}'
+_R101 = lambda family: _DET(family, 'resnet101', 'norm=frozen')
+_FIVE, _REGRESS = 'kd_weight=5,diffusion_weight=5', '+heads:classes=0'
+_ATTENTION = f'feature_loss=attention_mse,{_FIVE}'
+_ONE_STAGE = ('alone', 'fitnet', 'frs', 'fgd', f'diffkd:{_FIVE}{_REGRESS}', f'diffkd:{_ATTENTION}{_REGRESS}')
+_FGD2 = 'fgd:inside=5e-05,outside=2.5e-05,attention=5e-05,relation=5e-07'
+_TWO_STAGE = ('alone', 'fitnet', _FGD2, *(f'diffkd:{d}+rois:classes=0' for d in (_FIVE, _ATTENTION)))
 
 # %% ../nbs/29_tables.ipynb #717ebee8
 TABLES = { # Number in the paper to its grid
@@ -79,7 +86,17 @@ TABLES = { # Number in the paper to its grid
     'figure4': Table('Denoising steps', 'ImageNet', tuple(f'diffkd:steps={n}' for n in (1, 3, 5, 10, 20)), _ABLATION,
                      'diffkd:steps=5'),
     '6': Table('Segmentation', 'Cityscapes', _DENSE, (Group('C1', tuple((_DL101, s) for s in _STUDENTS6)),),
-               task='segmentation')}
+               task='segmentation'),
+    '4': Table('Detection, one stage', 'COCO val', _ONE_STAGE,
+               (Group('D2', tuple((_R101(f), _DET(f, 'resnet50')) for f in ('retinanet', 'fcos'))),), task='detection'),
+    '4-two-stage': Table('Detection, two stages', 'COCO val', _TWO_STAGE,
+                         (Group('D2', ((_R101('fasterrcnn'), _DET('fasterrcnn', 'resnet50')),)),), task='detection'),
+    '5': Table('Detection, a stronger teacher', 'COCO val', ('alone', 'fgd', *_ONE_STAGE[-2:]),
+               (Group('D2', ((_DET('retinanet', 'resnext101_64x4d', 'norm=frozen'), _DET('retinanet', 'resnet50')),)),),
+               task='detection'),
+    '12': Table('Which denoiser', 'COCO val', tuple(f'diffkd:denoiser={d},{_FIVE}{_REGRESS}' for d in ('unet', 'diffusion')),
+                (Group('D1', ((_R101('retinanet'), _DET('retinanet', 'resnet50')),)),),
+                f'diffkd:denoiser=diffusion,{_FIVE}{_REGRESS}', 'detection')}
 
 # %% ../nbs/29_tables.ipynb #309a07e7
 def get_table(

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ['LAYOUTS', 'KINDS', 'unwrap', 'get_module', 'tensors_of', 'moved', 'picture_aspect', 'Layout', 'channel_axis',
            'find_layout', 'word_mask', 'masked_mean', 'marked_words', 'to_map', 'eval_mode', 'train_mode', 'Record',
            'dry_run', 'field_of', 'fields_of', 'find_key', 'main_tensor', 'class_map', 'last_feature', 'last_words',
-           'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps',
+           'first_tensor', 'stage_features', 'Place', 'Tap', 'check_pair', 'is_detector', 'gives_boxes', 'pyramid',
+           'level_pairs', 'head_pairs', 'roi_pairs', 'check_pictures', 'in_training', 'named_tap', 'check_taps',
            'plan_taps', 'gives_maps', 'plan_table', 'Call', 'Capture']
 
 # %% ../nbs/00_taps.ipynb #93dd02ce
@@ -480,6 +481,11 @@ class Place(NamedTuple):
     copied:bool=False # Keep a copy: the model changes what the module gave in place
     outputs:tuple|None=None # Which of the outputs, in this order, where classes are mapped
 
+    @property
+    def title(self) -> str: # `'backbone[p6]'`
+        "The name, with the field that a module's output has"
+        return self.name if self.key is None or not self.name else f'{self.name}[{self.key}]'
+
 class Tap(NamedTuple):
     "A pair of places to compare"
     name:str # Name of the pair, the key in the dicts that a distiller gets
@@ -516,15 +522,124 @@ def check_pair(
                          f"so training the student would change the teacher: {few}. Pass a copy of the teacher. "
                          "[help: same-model]")
 
+# %% ../nbs/00_taps.ipynb #f360b32e
+def is_detector(
+    model # Any model
+) -> bool:
+    "Whether a model is a detector of torchvision's form: it has a `transform`, a `backbone`, and a head or several"
+    parts = dict(unwrap(model).named_children()) if isinstance(model, nn.Module) else {}
+    return {'transform', 'backbone'} <= set(parts) and bool({'head', 'roi_heads'} & set(parts))
+
+def gives_boxes(
+    records:Sequence[Record] # From `dry_run`
+) -> bool:
+    "Whether a model's output is a list with the boxes of each picture"
+    out = records[-1].output
+    return isinstance(out, (list, tuple)) and len(out) > 0 and isinstance(out[0], Mapping) and 'boxes' in out[0]
+
+# %% ../nbs/00_taps.ipynb #7b37a493
+def pyramid(
+    records:Sequence[Record], # From `dry_run`
+    role:str='model' # Word for the model in the error message
+) -> tuple: # Name of the module, and its levels: key to map
+    "Where a detector's pyramid comes from; `ValueError` where there is none"
+    maps = lambda o: {k: m for k,m in o.items() if isinstance(m, Tensor) and m.dim() == 4} if isinstance(o, Mapping) else {}
+    found = [(r.name, m) for r in records if r.name and len(m := maps(r.output)) > 1]
+    if found: return found[-1]
+    raise ValueError(f"taps=['fpn'] compares the levels of a pyramid, and no module of the {role} gives a dict of maps: name the "
+                     "modules, taps=[(student, teacher, 'feature'), ...].")
+
+def level_pairs(
+    student:Sequence[Record], # From `dry_run` of the student
+    teacher:Sequence[Record] # Of the teacher
+): # Yields requests as of `named_tap`
+    "Levels of the same size"
+    (s, mine), (t, theirs) = pyramid(student, 'student'), pyramid(teacher, 'teacher')
+    left, layout, n = dict(theirs), Layout('map'), 0
+    for k,m in mine.items():
+        j = next((j for j,o in left.items() if o.shape[2:] == m.shape[2:]), None)
+        if j is None: continue
+        left.pop(j); n += 1
+        yield f'fpn.{k}', 'feature', f'{s}[{k}]', f'{t}[{j}]', (layout, layout)
+    if n: return
+    sizes = lambda levels: ', '.join('x'.join(map(str, m.shape[2:])) for m in levels.values())
+    raise ValueError(f"the pyramids have no level of the same size: the student's are {sizes(mine)}, the teacher's {sizes(theirs)}.")
+
+# %% ../nbs/00_taps.ipynb #286ca68a
+_HEADS = dict(cls_logits='classes', bbox_regression='boxes', bbox_ctrness='centres') # Fields of a dense head's output
+
+def head_pairs(
+    student:Sequence[Record], # From `dry_run` of the student
+    teacher:Sequence[Record] # Of the teacher
+): # Yields requests as of `named_tap`
+    "What two dense heads give; `ValueError` where there are none or where they are not comparable"
+    mine, theirs = (next((r.output for r in records if r.name == 'head' and isinstance(r.output, Mapping)), {})
+                    for records in (student, teacher))
+    both = [k for k in _HEADS if k in mine and k in theirs]
+    if not both:
+        who = 'the student' if not mine else 'the teacher' if not theirs else 'one of them'
+        raise ValueError("taps=['heads'] compares the dense heads of two one-stage detectors (RetinaNet, FCOS), and "
+                         f"{who} has none like it: use taps=['fpn'].")
+    layout = Layout('sequence')
+    for k in both:
+        if mine[k].shape[1:] != theirs[k].shape[1:]:
+            raise ValueError(f"the heads give {k} of {tuple(mine[k].shape[1:])} (student) and {tuple(theirs[k].shape[1:])} (teacher), "
+                             "anchors x values: both need the same anchors and classes.")
+        yield f'head.{_HEADS[k]}', 'feature', f'head[{k}]', f'head[{k}]', (layout, layout)
+
+# %% ../nbs/00_taps.ipynb #051f0655
+_ROI = 'roi_heads.box_predictor' # Module that gives class scores and box offsets, one row for each proposal
+
+def roi_pairs(
+    student:Sequence[Record], # From `dry_run` of the student
+    teacher:Sequence[Record] # Of the teacher
+): # Yields requests as of `named_tap`
+    "What two box heads give; `ValueError` where there are none or where their classes differ"
+    mine, theirs = (next((r.output for r in records if r.name == _ROI), None) for records in (student, teacher))
+    if mine is None or theirs is None:
+        raise ValueError("taps=['rois'] compares the box heads of two two-stage detectors (Faster R-CNN), and "
+                         f"{'the student' if mine is None else 'the teacher'} has none: use taps=['fpn'].")
+    layout = Layout('vector')
+    for i,name in enumerate(('classes', 'boxes')):
+        if mine[i].shape[1] != theirs[i].shape[1]:
+            raise ValueError(f"the box heads give {mine[i].shape[1]} (student) and {theirs[i].shape[1]} (teacher) values of {name} for a "
+                             "proposal: both need the same classes.")
+        yield f'roi.{name}', 'feature', f'{_ROI}[{i}]', f'{_ROI}[{i}]', (layout, layout)
+
+_OF_DETECTORS = dict(fpn=level_pairs, heads=head_pairs, rois=roi_pairs) # Words for taps of detectors
+
+# %% ../nbs/00_taps.ipynb #a58bb39e
+def check_pictures(
+    student:nn.Module, # The model that is trained
+    teacher:nn.Module # The model it learns from
+):
+    "`ValueError` where two detectors resize or pad a picture differently, or at random"
+    if not (is_detector(student) and is_detector(teacher)): return
+    a, b = unwrap(student).transform, unwrap(teacher).transform
+    view = lambda t: {k: getattr(t, k, None) for k in ('min_size', 'max_size', 'size_divisible', 'fixed_size')}
+    a, b = ({k: tuple(v) if isinstance(v, list) else v for k,v in view(t).items()} for t in (a, b))
+    if isinstance(a['min_size'], tuple) and len(a['min_size']) > 1:
+        raise ValueError(f"the student's transform draws min_size from {a['min_size']} in training, and the teacher takes one: give "
+                         "both one size, such as min_size=800.")
+    if other := [k for k in a if a[k] != b[k]]:
+        said = ', '.join(f'{k} {a[k]} and {b[k]}' for k in other)
+        raise ValueError(f"student and teacher see pictures at different sizes (transform: {said}): build both with the same "
+                         "min_size and max_size, or set teacher.transform = copy.deepcopy(student.transform) where normalisations agree.")
+
 # %% ../nbs/00_taps.ipynb #f2136edb
 def _call(name):
     "Module name and number of the call, out of `'relu#2'`"
     name, mark, k = name.rpartition('#')
     return (name, int(k)) if mark and k.isdigit() else (name + mark + k, None)
 
+def _field(name):
+    "Module name and field of its output, out of `'backbone[p6]'`"
+    found = re.fullmatch(r'(.+)\[(\w+)\]', name)
+    return (found[1], int(found[2]) if found[2].isdigit() else found[2]) if found else (name, None)
+
 def _record(model, records, name, role):
     "Index of the record that `name` means, and how often its module ran"
-    name, k = _call(name)
+    name, k = _call(_field(name)[0])
     get_module(model, name, role)
     found = [i for i,r in enumerate(records) if r.name == name]
     if not found: raise ValueError(_why_silent(model, role, name))
@@ -547,13 +662,15 @@ def _place(model, records, name, role, aspect, kind, layout=None, key=None):
     "One side of a tap, checked"
     i, calls = _record(model, records, name, role)
     r = records[i]
-    key = find_key(r.output, key if r.name == '' else None, where=f'the output of {name!r} of the {role}')
+    key = key if r.name == '' else _field(name)[1]
+    if isinstance(key, int) and str(key) in fields_of(r.output): key = str(key)
+    key = find_key(r.output, key, where=f'the output of {name!r} of the {role}')
     out = _plain(field_of(r.output, key))
     try: layout = _asked_layout(layout, out, aspect) or _layout_in(unwrap(model), [*records[:i], r._replace(output=out)], i, aspect)
     except ValueError as e:
         if kind != 'logits' or out.dim() != 4: raise ValueError(f"tap {name!r} of the {role}: {e}") from None
         layout = Layout('map')      # as PyTorch's losses read scores of positions
-    place = Place(r.name, layout, tuple(to_map(out, layout).shape[1:]), _call(name)[1], calls, key, r.changed)
+    place = Place(r.name, layout, tuple(to_map(out, layout).shape[1:]), _call(_field(name)[0])[1], calls, key, r.changed)
     _check_place(place, out, records, role)
     return place
 
@@ -569,8 +686,10 @@ def _asked_layout(layout, x, aspect):
 def _check_place(place, out, records, role):
     "Refuse what has the batch elsewhere, and a teacher whose numbers are not finite"
     final, where = next(iter(_tensors_in(records[-1].output)), None), place.name or 'its last layer'
-    if final is not None and final.dim() and len(out) != len(final):
-        raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {len(final)} has to stand on "
+    batch = len(records[-1].output) if gives_boxes(records) else len(final) if final is not None and final.dim() else None
+    if place.name == _ROI: batch = None         # has one row for each proposal
+    if batch is not None and len(out) != batch:
+        raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to stand on "
                          "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers).")
     if role == 'teacher' and not torch.isfinite(out).all():
         raise ValueError(f"the teacher's output at {where!r} is not finite (NaN or infinity) "
@@ -595,7 +714,8 @@ def in_training(
         raise ValueError(f"module {name!r} of the student runs without gradient in training (inside torch.no_grad, or a "
                          "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it.")
     if isinstance(r.output, Tensor): return place._replace(copied=place.copied or r.changed)
-    key = find_key(r.output, key if place.name == '' else None, where='in training mode the student')
+    own = place.key if place.key in fields_of(r.output) else None
+    key = find_key(r.output, key if place.name == '' else own, where='in training mode the student')
     return place._replace(key=key, copied=place.copied or r.changed)
 
 # %% ../nbs/00_taps.ipynb #9c240c0e
@@ -632,6 +752,7 @@ def _requests(taps, s_rec, t_rec, stages, words, key=None):
         if t == 'feature': yield 'feature', 'feature', last_feature(s_rec), last_feature(t_rec), (None, None)
         elif t == 'words': yield 'words', 'feature', *words(), (None, None)
         elif t == 'logits': yield 'logits', 'logits', class_map(s_rec, key), class_map(t_rec, key), (None, None)
+        elif isinstance(t, str) and t in _OF_DETECTORS: yield from _OF_DETECTORS[t](s_rec, t_rec)
         elif t in ('stages', 'exits'):
             ss, ts = stages()
             pairs = list(zip(ss[::-1], ts[::-1]))[::-1] if t == 'stages' else [(s, '') for s in ss]
@@ -647,7 +768,8 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', (student name, teacher name), (student name, "
+        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, "
+                         "teacher name), (student name, "
                          f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
@@ -665,10 +787,10 @@ def check_taps(
     check_pair(student, teacher)
     seen = []
     for t in _as_list(taps):
-        if isinstance(t, str) and t in ('feature', 'words', 'logits', 'stages', 'exits'): name = t
+        if isinstance(t, str) and t in ('feature', 'words', 'logits', 'stages', 'exits', *_OF_DETECTORS): name = t
         else:
             name, _, s, u, layouts = named_tap(t)
-            get_module(student, _call(s)[0], 'student'), get_module(teacher, _call(u)[0], 'teacher')
+            for m,n,role in ((student, s, 'student'), (teacher, u, 'teacher')): get_module(m, _call(_field(n)[0])[0], role)
         if name in seen: raise ValueError(f"tap {name!r} is listed twice.")
         seen.append(name)
 
@@ -683,14 +805,16 @@ def plan_taps(
     output=None, # What logits mean, see `output_kind`
     classes:Sequence|None=None, # For each output of the student the number of the teacher's, or None; the same by default
     dense_taps:Sequence|None=None, # In place of `taps` where the student's output is a map of scores; `taps` by default
+    box_taps:Sequence|None=None, # In place of `taps` where the student's output are boxes; `taps` by default
     by_word:bool=False # Whether the method leaves padding out of sentences, so that words can be compared side by side
 ) -> list[Tap]: # The pairs, checked
     "Find and check the places to compare; raises `ValueError` or `TypeError` with what would have been right"
-    check_taps(student, teacher, taps)
+    check_taps(student, teacher, taps); check_pictures(student, teacher)
     teacher_xb = xb if teacher_xb is None else teacher_xb
     s_rec, t_rec, train = _run(student, 'student', xb), _run(teacher, 'teacher', teacher_xb), _run_training(student, xb)
     s_asp, t_asp, plan = picture_aspect(list(xb)), picture_aspect(list(teacher_xb)), []
     if dense_taps is not None and gives_maps(s_rec): taps = dense_taps
+    if box_taps is not None and gives_boxes(s_rec): taps = box_taps
     stages = lambda: (stage_features(student, s_rec, aspect=s_asp), stage_features(teacher, t_rec, aspect=t_asp))
     words = lambda: [last_words(r, word_mask(x, m)) for m,x,r in ((student, xb, s_rec), (teacher, teacher_xb, t_rec))]
     for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, words, output_key):
@@ -783,7 +907,7 @@ def plan_table(
     extra:Mapping|None=None # Further columns: header to list of one value per tap
 ) -> str: # Text, one line per tap
     "The plan as a text table"
-    where = lambda p: p.name or '(output)'
+    where = lambda p: p.title or '(output)'
     cols = {'tap': ['class map' if t.form == 'dense' else t.kind for t in plan], 'student': [where(t.student) for t in plan],
             'shape': [_size(t.student) for t in plan], 'teacher': [where(t.teacher) for t in plan],
             ' shape': [_size(t.teacher) for t in plan], **(extra or {})}

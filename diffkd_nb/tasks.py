@@ -7,6 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/tasks.html.md"""
 # %% ../nbs/17_tasks.ipynb #bc96c536
 from __future__ import annotations
 from .files import InputError
+from .detection import Detection
 from .segmentation import Segmentation
 from .task import Classification, Task
 from .text import TextClassification
@@ -19,6 +20,7 @@ TASKS = {t.name: t for t in ( # Tasks by name
     Classification(),
     TextClassification(),
     Segmentation(),
+    Detection(),
 )}
 
 # %% ../nbs/17_tasks.ipynb #3767ec26
