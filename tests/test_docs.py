@@ -313,12 +313,15 @@ def visit(browser, path):
     WebDriverWait(browser, 20).until(lambda b: b.execute_script(ready, path.as_uri()))
 
 
+GUIDES = {f"{n}.html" for n in ("index", "quickstart", "resnet50_teaches_resnet18", "distill", "which_method", "what_it_costs", "bring_your_own",
+                                "segmentation_tutorial", "detection_tutorial", "plain_loop", "compare", "troubleshooting")}     # their first code is read on phones too
 STATE = """const done = arguments[0], images = [...document.images]
 images.forEach(i => i.loading = 'eager')
 Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done({
   width: document.documentElement.scrollWidth,
   missing: images.filter(i => !i.naturalWidth).map(i => i.src),
   wide: images.filter(i => i.getBoundingClientRect().right > innerWidth).map(i => i.src),
+  first: [...document.querySelectorAll('main pre.sourceCode')].slice(0, 1).filter(p => p.scrollWidth > p.clientWidth + 1).map(p => p.textContent),
   small: [...document.querySelectorAll('main p, main li')].filter(p => parseFloat(getComputedStyle(p).fontSize) < 13).length,
   flat: [...document.querySelectorAll('math')].filter(m => !m.getBoundingClientRect().height || !(m instanceof MathMLElement)).length,
   math: document.querySelectorAll('math').length}))"""
@@ -333,6 +336,7 @@ def test_every_page_in_a_browser(browser, site, pages, width):
         assert not [line for line in browser.get_log('browser') if line['level'] in ('SEVERE', 'WARNING')], name
         assert state['width'] <= width, (name, state)
         assert not state['missing'] and not state['wide'] and not state['small'] and not state['flat'], (name, state)
+        assert name not in GUIDES or not state['first'], (name, state)
         assert state['math'] == page.formulas, name
 
 
