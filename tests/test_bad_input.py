@@ -63,7 +63,7 @@ TABLE = {
     'weight is nan': (ok(diffusion_weight=float('nan')), ValueError, ["weight of 'diffusion'", 'nan']),
     'temperature of zero': (ok(temperature=0), ValueError, ['temperature must be a positive number']),
     'unknown alignment': (ok(align='both'), ValueError, ['align must be one of', "'smaller'", "'both'"]),
-    'unknown denoiser': (ok(denoiser='unet'), ValueError, ['denoiser must be one of', "'identity'"]),
+    'unknown denoiser': (ok(denoiser='vae'), ValueError, ['denoiser must be one of', "'identity'"]),
     'unknown option': (ok(stepz=3), TypeError, ['stepz']),
     'KD on feature taps': (lambda: DistillCallback(sequential(8), KD, taps=['feature']), ValueError, ['feature taps', "taps=['logits']"]),
     'distiller is a number': (lambda: DistillCallback(sequential(8), 3), TypeError, ['distiller must be', 'int']),

@@ -1,6 +1,6 @@
 "Detection from files to a verified comparison: one line on many detectors, rivals, killed and resumed; what the paper's group says; wrong input"
-import copy, json, subprocess, sys
-from collections import OrderedDict
+import copy, json, os, subprocess, sys
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from PIL import Image
@@ -321,6 +321,17 @@ def test_killed_and_resumed(method, data, teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_workers_give_the_same_student(data, tmp_path):
+    a, b = (run(RECIPE.replace(epochs=1), data, None, STUDENT, 'alone', 0, tmp_path/str(n), num_workers=n, progress=False) for n in (0, 2))
+    assert a['student_hash'] == b['student_hash'] and a['result'] == b['result']
+
+
+def test_the_cache_refuses_pictures_with_boxes(data, teacher, tmp_path):
+    with pytest.raises(InputError, match='needs a loader that numbers its views'):
+        run(RECIPE, data, teacher, STUDENT, 'diffkd', 0, tmp_path/'r', cache=tmp_path/'c', progress=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('family,width', [('fcos', 32), ('fasterrcnn', 8)])
 def test_other_families_resume_and_verify(family, width, data, tmp_path, monkeypatch):
     "Faster R-CNN draws proposals: its random numbers resume too"
@@ -360,6 +371,50 @@ def test_tables_4_5_and_12_are_planned_without_data(tmp_path):
     assert beside_paper(12, tmp_path).paper.tolist() == [39.1, 39.2] and beside_paper(5, tmp_path).paper.notna().all()
     assert table_cost(12, lambda t, s, m: 10., images=118_287).hours.iloc[0] == pytest.approx(12*118_287/10/3600)
     with pytest.raises(InputError, match='torchvision_retinanet_resnet101_fpn_norm=frozen.safetensors'): run_table(4, 'coco:nowhere', tmp_path)
+
+
+# ---- real pictures, where they are (folder in DIFFKD_DATA, by default ../shared/data)
+
+DATA = Path(os.environ.get('DIFFKD_DATA', Path(__file__).parents[2]/'shared'/'data'))/'dense'
+needs_data = pytest.mark.skipif(not (DATA/'unpack.py').is_file(), reason=f'{DATA} has no data for dense prediction')
+
+
+def unpacked_pack(name, out):
+    subprocess.run([sys.executable, str(DATA/'unpack.py'), name, str(out)], check=True, capture_output=True)
+    return out
+
+
+@needs_data
+@pytest.mark.slow
+def test_blood_cells(tmp_path, capsys):
+    "Numbers of the pack's README; the XML beside the JSON gives the same boxes"
+    folder = unpacked_pack('bccd', tmp_path/'bccd')
+    with pytest.raises(InputError, match=r'box \d+ of BloodImage_00343.jpg .* has no area'): open_data(f'coco:{folder}')
+    data, test = open_data(f'coco:{folder}?empty=drop'), open_data(f'coco:{folder}?empty=drop&valid=test')
+    count = lambda found: [sum((p.labels == k).sum() for p in found) for k in (1, 2, 3)]
+    assert data.classes == ['RBC', 'WBC', 'Platelets'] and (data.n_train, data.n_valid, test.n_valid) == (205, 87, 72)
+    assert count(data.pictures[0]) == [2382 - 1, 214, 209] and count(data.pictures[1]) == [968 - 1, 87, 83] and count(test.pictures[1]) == [805, 71, 69]
+    assert capsys.readouterr().err.count('1 box without area left out') == 3
+    voc = tmp_path/'bccd'/'voc'; (voc/'images').symlink_to(folder/'images'); (voc/'classes.txt').write_text('RBC WBC Platelets')
+    same_boxes = open_data(f'voc:{voc}?empty=drop')
+    by_name = {p.file.stem: p for p in data.pictures[0]}
+    assert same_boxes.n_train == 205
+    for p in same_boxes.pictures[0]: assert (p.boxes == by_name[p.file.stem].boxes).all() and (p.labels == by_name[p.file.stem].labels).all()
+
+
+@needs_data
+@pytest.mark.slow
+def test_coco_from_file_to_verified_run(tmp_path):
+    "COCO's 80 classes: the whole path, on a few of its pictures"
+    folder = unpacked_pack('coco128', tmp_path/'coco128')
+    spec = f'coco:{folder}?limit=8'
+    data = open_data(spec)
+    assert len(data.classes) == 80 and data.outputs == 81 and data.n_valid == 128 and sum(len(p.labels) for p in data.pictures[1]) == 898
+    assert open_data(f'{spec}&numbers=keep').outputs == 91
+    name, recipe = 'detector:retinanet?encoder=small:{}&width=16&min_size=96&anchor=16'.format, RECIPE.replace(epochs=1, batch_size=4)
+    run(recipe, spec, None, name(4), 'alone', 0, tmp_path/'teacher', progress=False)
+    m = run(recipe, spec, f"{name(4)}@{tmp_path/'teacher'/'student.safetensors'}", name(2), 'diffkd', 0, tmp_path/'run', progress=False)
+    assert m['status'] == 'finished' and 0 <= m['result']['map'] < .1 and verify(tmp_path/'run', data=spec)
 
 
 # ---- wrong input
