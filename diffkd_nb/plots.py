@@ -24,8 +24,8 @@ from .taps import Capture, eval_mode, moved, unwrap
 
 # %% auto #0
 __all__ = ['attention_map', 'tap_features', 'denoised_maps', 'show_input', 'plot_maps', 'show_denoised', 'map_agreement',
-           'valid_maps', 'agreement_text', 'plot_steps', 'class_scores', 'plot_scores', 'pca_plane', 'plot_plane',
-           'plot_gamma', 'plot_training', 'plot_differences']
+           'valid_maps', 'agreement_text', 'class_maps', 'class_map_agreement', 'plot_steps', 'class_scores',
+           'plot_scores', 'pca_plane', 'plot_plane', 'plot_gamma', 'plot_training', 'plot_differences']
 
 # %% ../nbs/19_plots.ipynb #8063c0a8
 def attention_map(
@@ -191,6 +191,27 @@ def agreement_text(
             f"{other:.2f} with those of other images and {average:.2f} with the teacher's average map; the same student's "
             f"map without the denoising steps {found.loc['student, no denoiser', 'same image']:.2f} with the teacher's. "
             f"The teacher's own maps correlate {found.loc['teacher', 'average']:.2f} with their average.")
+
+# %% ../nbs/19_plots.ipynb #2c4d79e0
+def class_maps(
+    learn:Learner, # Learner of a segmentation with a `DiffKDCallback`, trained
+    *xb, # Inputs of the model
+    tap:str='logits', # Name of a tap of class maps
+    seed:int=0 # Seed of the noise
+) -> dict: # Classes (B, H, W): `student`, `no denoiser`, `denoised`, `teacher`
+    "The class with the highest score at each position, before and after denoising"
+    with tap_features(learn, *xb, tap=tap) as (module, s, t), torch.no_grad(): way = _way(module, s, t, seed)
+    found = {'student': s, 'no denoiser': way['out'][0], 'denoised': way['out'][-1], 'teacher': t}
+    return {k: v.argmax(1) for k,v in found.items()}
+
+def class_map_agreement(
+    maps:Mapping[str,Tensor] # As from `class_maps`
+) -> pd.DataFrame: # A row a kind of map; percent of positions: `same image`, `next image`, `most frequent`
+    "How often class maps name the teacher's class, and how often any image's would"
+    t = maps['teacher']
+    against = {'same image': t, 'next image': t.roll(-1, 0), 'most frequent': t.mode(0).values.expand_as(t)}
+    return pd.DataFrame({k: {name: 100*float((m == other).double().mean()) for name,other in against.items()}
+                         for k,m in maps.items()}).T
 
 # %% ../nbs/19_plots.ipynb #f742d6dd
 def plot_steps(
