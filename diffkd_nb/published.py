@@ -51,8 +51,8 @@ _MODELS = { # Our names of models to the paper's
         ('DeepLabV3?encoder=mobilenet_v2&decoder_channels=128', _PRETRAINED, 'DeepLabV3-MBV2'))},
     **{f'torchvision:{family}_{body}_fpn?{more}': f'{paper}-{short}'
        for family,paper in (('retinanet', 'RetinaNet'), ('fcos', 'FCOS'), ('fasterrcnn', 'Faster RCNN'))
-       for body,more,short in (('resnet101', 'norm=frozen', 'R101'), ('resnet50', 'weights=imagenet', 'R50'),
-                               ('resnext101_64x4d', 'norm=frozen', 'X101'))}}
+       for body,more,short in (('resnet101', 'norm=frozen', 'R101'), ('resnet50', 'weights=imagenet', 'R50'))},
+    'torchvision:retinanet_resnext101_64x4d_fpn?norm=frozen': 'RetinaNet-X101'}
 
 # %% ../nbs/13a_published.ipynb #7dcc6f46
 def _figure(r):

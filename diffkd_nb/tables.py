@@ -1,4 +1,4 @@
-"""The paper's tables on classification and segmentation as grids that can be run
+"""The paper's tables on classification, segmentation and detection as grids that can be run
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/tables.html.md"""
 
