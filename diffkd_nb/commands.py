@@ -174,7 +174,8 @@ def methods_text() -> str:
 
 def _in_dense(row):
     "Where a method looks in segmentation, if elsewhere"
-    return '' if row.segmentation == row.taps else f'Segmentation: {row.segmentation}. ' if row.segmentation != '-' else 'Not for segmentation. '
+    if row.segmentation == '-': return 'Not for segmentation. '
+    return '' if row.segmentation == row.taps else f'Segmentation: {row.segmentation}. '
 
 class _Tell(argparse.Action):
     "Prints the methods and ends the command, whatever else was given"
