@@ -736,8 +736,8 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, teacher name), (student name, "
-                         f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
+        raise ValueError("a tap is 'feature', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, teacher name), (student "
+                         f"name, teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
         raise ValueError(f"kind of tap {tuple(t)} must be {' or '.join(map(repr, KINDS))}, got {kind!r}.")
