@@ -28,7 +28,7 @@ from .engine import ENGINES, ENGINES_TEXT, make_engine
 
 # %% auto #0
 __all__ = ['Tally', 'CustomMethod', 'as_method', 'Face', 'declared', 'NoTeacher', 'is_teacherless', 'as_teacher', 'Step',
-           'Distillation', 'transformed', 'own_dtype', 'ask_detector', 'Proposals', 'boxes_of']
+           'Distillation', 'transformed', 'own_dtype', 'Proposals', 'ask_detector', 'boxes_of']
 
 # %% ../nbs/08_distillation.ipynb #b98d74c1
 class Tally:
@@ -443,6 +443,22 @@ def __enter__(self:Distillation):
 @patch
 def __exit__(self:Distillation, *exc): self.finish()
 
+# %% ../nbs/08_distillation.ipynb #e2405b12
+class Proposals:
+    "Keeps the boxes that a two-stage detector looks at"
+    def __init__(self, model:nn.Module): self.model,self.boxes,self.handle = model,None,None
+
+    def attach(self):
+        "Put the hook in place"
+        self.detach()
+        keep = lambda m, args: setattr(self, 'boxes', [b.detach() for b in args[1]])
+        self.handle = unwrap(self.model).roi_heads.box_roi_pool.register_forward_pre_hook(keep)
+
+    def detach(self):
+        "Take it away and forget the boxes"
+        if self.handle is not None: self.handle.remove()
+        self.boxes = self.handle = None
+
 # %% ../nbs/08_distillation.ipynb #3d709c1f
 def ask_detector(
     model:nn.Module, # A detector
@@ -460,22 +476,6 @@ def ask_detector(
         r = model.roi_heads
         r.box_predictor(r.box_head(r.box_roi_pool(maps, proposals, x.image_sizes)))
 
-class Proposals:
-    "Keeps the boxes that a two-stage detector looks at"
-    def __init__(self, model:nn.Module): self.model,self.boxes,self.handle = model,None,None
-
-    def attach(self):
-        "Put the hook in place"
-        self.detach()
-        keep = lambda m, args: setattr(self, 'boxes', [b.detach() for b in args[1]])
-        self.handle = unwrap(self.model).roi_heads.box_roi_pool.register_forward_pre_hook(keep)
-
-    def detach(self):
-        "Take it away and forget the boxes"
-        if self.handle is not None: self.handle.remove()
-        self.boxes = self.handle = None
-
-# %% ../nbs/08_distillation.ipynb #bde4f3bc
 def boxes_of(
     model:nn.Module, # A detector
     xb:Sequence # Its inputs: pictures and targets

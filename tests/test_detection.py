@@ -16,12 +16,14 @@ from diffkd_nb.detection_data import check_boxes, draw_objects, open_detection, 
 from diffkd_nb.detection_models import detection_model
 from diffkd_nb.distillation import Distillation, ask_detector, boxes_of
 from diffkd_nb.files import InputError
+from diffkd_nb.models import registered_only
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.run import run
 from diffkd_nb.taps import check_pictures, eval_mode, plan_taps
 from diffkd_nb.tables import beside_paper, run_table, table_cost
 from diffkd_nb.tasks import open_data, task_of
 from diffkd_nb.verify import verify
+from diffkd_nb.weights import save_weights
 
 RECIPE = get_recipe('bccd').replace(epochs=3, batch_size=6, augmentation=('flip',))
 SMALL = 'detector:{}?encoder=small:{}&width={}&min_size=64&anchor=16'
@@ -90,7 +92,7 @@ def test_the_teacher_is_asked_once_a_batch_and_no_further_than_its_pyramid(data)
 
 @pytest.mark.parametrize('student,teacher,taps', [
     (SMALL.format('fcos', 2, 32), SMALL.format('fcos', 4, 32), FULL),
-    (SMALL.format('fasterrcnn', 2, 8), SMALL.format('retinanet', 4, 16), ['fpn.1', 'fpn.2', 'fpn.3', 'fpn.pool'])])
+    pytest.param(SMALL.format('fasterrcnn', 2, 8), SMALL.format('retinanet', 4, 16), ['fpn.1', 'fpn.2', 'fpn.3', 'fpn.pool'], marks=pytest.mark.slow)])
 def test_families_meet_where_levels_have_the_same_size(student, teacher, taps, data): check_one_line(student, teacher, data, taps=taps)
 
 
@@ -114,7 +116,7 @@ RIVALS = {'fgd': {}, 'pkd': {}, 'cwd': {}, 'fitnet': {}, 'fitnet_boxes': {}, 'he
           'frs': dict(taps=[*FULL, 'head.classes', 'head.boxes']), 'diffkd+heads': dict(taps=[*FULL, 'head.classes', 'head.boxes'])}
 
 
-@pytest.mark.parametrize('method', RIVALS)
+@pytest.mark.parametrize('method', [m if m in ('fgd', 'pkd', 'frs') else pytest.param(m, marks=pytest.mark.slow) for m in RIVALS])
 def test_rivals(method, data):
     named = lambda teacher, **kw: DistillCallback(teacher, method, **kw)
     learn, row = check_one_line(STUDENT, TEACHER, data, named, **{'taps': FULL, **RIVALS[method]})
@@ -122,12 +124,14 @@ def test_rivals(method, data):
     assert any(row[n] > 0 for n in d.loss_names)
 
 
+@pytest.mark.slow
 def test_dense_heads_of_fcos_have_centres(data):
     names = ['head.classes', 'head.boxes', 'head.centres']
     _, row = check_one_line(SMALL.format('fcos', 2, 32), SMALL.format('fcos', 4, 32), data, lambda t, **kw: DistillCallback(t, 'heads', **kw), taps=names)
     assert row['centres'] > 0
 
 
+@pytest.mark.slow
 def test_both_box_heads_are_asked_about_the_students_proposals(data, batch):
     two = SMALL.format('fasterrcnn', 2, 8), SMALL.format('fasterrcnn', 4, 16)
     taps = [f'fpn.{k}' for k in ('0', '1', '2', '3', 'pool')] + ['roi.classes', 'roi.boxes']
@@ -217,6 +221,25 @@ def test_fields_by_name(batch):
     plan = plan_taps(student, teacher, *batch, taps=[('backbone[p6]', 'backbone[2]', 'feature')])
     assert [(p.student.title, p.teacher.title) for p in plan] == [('backbone[p6]', 'backbone[2]')]
     with pytest.raises(ValueError, match="gives no tensor called 'p9'"): plan_taps(student, teacher, *batch, taps=[('backbone[p9]', 'backbone[2]', 'feature')])
+
+
+@pytest.mark.slow
+def test_frozen_normalisation_stays_and_encoders_begin_from_a_file(data, tmp_path):
+    plain = detection_model(STUDENT, 3); f = tmp_path/'encoder.safetensors'
+    with torch.no_grad():
+        for m in plain.backbone.body.modules():
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.uniform_(-.1, .1); m.running_var.uniform_(.9, 1.1)
+    save_weights(plain.backbone.body, f)
+    student, teacher = models(f'{STUDENT}&norm=frozen&weights={f}', TEACHER)
+    frozen = {n: m for n,m in student.backbone.body.named_modules() if type(m).__name__ == 'FrozenBatchNorm2d'}
+    assert len(frozen) == 10 and not any(isinstance(m, nn.BatchNorm2d) for m in student.backbone.body.modules())
+    begin = {k: v.clone() for k,v in student.state_dict().items()}
+    assert torch.equal(begin['backbone.body.stages.0.0.1.running_mean'], plain.backbone.body.stages[0][0][1].running_mean)
+    fit(detection_learner(open_data(data).dls(6, ()), student, DiffKDCallback(teacher, verbose=False)))
+    for n,m in frozen.items():
+        for k,v in m.state_dict().items(): assert torch.equal(v, begin[f'backbone.body.{n}.{k}'])
+    with registered_only(): detection_model(f'{STUDENT}&weights=/nowhere', 3)       # the place for weights that follow, as in verify
+    with pytest.raises(InputError, match='norm must be frozen or batch'): detection_model(f'{STUDENT}&norm=group', 3)
 
 
 # ---- average precision
