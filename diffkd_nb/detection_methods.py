@@ -141,7 +141,7 @@ def losses(self:FGD, student, teacher, target=None):
     inside, outside, at, apart = found
     return {'focal': w['inside']*inside + w['outside']*outside, 'attention': w['attention']*at, 'global': w['relation']*apart}
 
-# %% ../nbs/06h_detection_methods.ipynb #9bb1f8ef
+# %% ../nbs/06h_detection_methods.ipynb #7c1476a1
 def standard_channels(
     x:Tensor # Map (B, C, H, W)
 ) -> Tensor: # The same shape, each channel of mean 0 and variance 1 over batch and positions
@@ -154,7 +154,7 @@ class PKD(Distiller):
     use = 'For detectors, also of different families: cheap, without boxes and, at equal width, without parameters.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`
-        weight:float=10. # Factor on the loss
+        weight:float=6. # Factor on the loss
     ):
         super().__init__(plan, weight)
         self.adapters.extend(same_width(plan))
