@@ -34,7 +34,7 @@ from .taps import check_taps, is_detector, named_tap, tensors_of, unwrap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble
-from .methods import METHODS, Method
+from .methods import METHODS, Method, preset
 from .distillation import Distillation, NoTeacher, as_method, declared, is_teacherless
 from .outputs import all_void, check_kind, output_kind
 from .teacher_learner import compare_teacher
@@ -42,7 +42,7 @@ from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
 __all__ = ['ENGINE_STEPS', 'COMPILE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback',
-           'TeacherlessCallback', 'distillation', 'DiffKDCallback']
+           'TeacherlessCallback', 'distillation', 'DiffKDCallback', 'preset_callback']
 
 # %% ../nbs/09_callback.ipynb #be1fca03
 def first_samples(
@@ -736,3 +736,14 @@ def _check_diffkd(opts, kwargs):
         DiffKDDistiller([], **{k: v for k,v in opts.items() if k not in ('distances', 'weights')})
         names = opts['feature_loss'], opts['logits_loss'], opts['dense_loss'], *(opts['distances'] or {}).values()
         for d in names: DiffKD(8, 8, distance=d, **kwargs)
+
+# %% ../nbs/09_callback.ipynb #9b4b3211
+def preset_callback(
+    teacher:nn.Module|Learner, # The model to learn from; left as it is
+    name:str, # A key of `PRESETS`
+    **kwargs # For `DistillCallback`
+) -> DistillCallback: # `InputError` for an unknown name
+    "Distil with a form that a planned question has chosen"
+    m = preset(name)
+    options = {k: v for k,v in m.options.items() if k != 'taps'}
+    return DistillCallback(teacher, m.name, m.taps(None), m.task_weight, **{**options, **kwargs})

@@ -28,12 +28,12 @@ from .dense_methods import CIRKD, CWD, MasKD
 from .detection_methods import FGD, FRS, PKD, BoxFitNet, HeadKD, RoIKD
 
 # %% auto #0
-__all__ = ['METHODS', 'parse_method', 'get_method', 'option_defaults', 'check_options', 'Together', 'together', 'Method',
-           'all_options', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID',
-           'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL', 'FMKT', 'LSHFM',
-           'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD', 'RoIKD', 'dkd_loss',
-           'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss', 'rkd_losses',
-           'find_classifier']
+__all__ = ['METHODS', 'parse_method', 'PRESETS', 'get_method', 'option_defaults', 'check_options', 'Together', 'together',
+           'Method', 'all_options', 'preset', 'method_needs', 'which_method', 'Distiller', 'KD', 'DKD', 'DIST', 'OFA',
+           'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM', 'WTTM', 'GDKD', 'TAID', 'PSKD', 'MEAL',
+           'FMKT', 'LSHFM', 'CanKD', 'DSKD', 'CWD', 'CIRKD', 'MasKD', 'FGD', 'FRS', 'PKD', 'BoxFitNet', 'HeadKD',
+           'RoIKD', 'dkd_loss', 'ofa_loss', 'exit_branch', 'ABF', 'Gaussian', 'hcl_loss', 'nce_loss', 'pkt_loss',
+           'rkd_losses', 'find_classifier']
 
 # %% ../nbs/07a_methods.ipynb #dfe2c85a
 _all_ = ['Distiller', 'KD', 'DKD', 'DIST', 'OFA', 'FitNet', 'VID', 'ReviewKD', 'RKD', 'PKT', 'CRD', 'SRRL', 'TTM',
@@ -300,6 +300,16 @@ def make(self:Method,
     "The distiller; `ValueError` or `TypeError` for a plan or an option that does not fit"
     cls = get_method(self.check().name)
     return cls(plan, **context.of(cls), **{k: v for k,v in self.options.items() if k != 'taps'})
+
+# %% ../nbs/07a_methods.ipynb #0820abbf
+PRESETS = {'sentences': 'kd+diffkd:start=gamma,mixing=vp,taps=feature'} # Name to a method, see `parse_method`
+
+def preset(
+    name:str # A key of `PRESETS`
+) -> Method: # `InputError` with the names for an unknown one
+    "A form of a method by its name"
+    if name in PRESETS: return parse_method(PRESETS[name])
+    raise InputError(f"there is no preset named {name!r}: expected one of {', '.join(PRESETS)}.")
 
 # %% ../nbs/07a_methods.ipynb #0bcad691
 def method_needs(
