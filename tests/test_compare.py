@@ -62,6 +62,7 @@ def test_a_failed_cell_stops_no_other(teacher, tmp_path, capsys):
     assert 'Not run: 1 of 2' in c.markdown()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_taken_up_again(teacher, here, tmp_path):
     script = tmp_path/'script.py'           # with no guard: workers must not run it again
     script.write_text(f'''
@@ -94,6 +95,7 @@ def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
     assert hashes(c) == hashes(here)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_grid(teacher, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '500', '--pair', teacher, 'small:4', '--methods', 'alone',
                           '--seeds', '1', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

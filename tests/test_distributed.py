@@ -124,6 +124,7 @@ def test_rank_0_alone_writes_and_speaks(job):
     assert report and not [c for c in report if c.ok is False], str(report)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_which_goes_on_later(job):
     d, args, _ = job
     p = program(2, *args, d/'killed')

@@ -12,6 +12,10 @@ NOTEBOOKS = sorted(nbglob(CONFIG.nbs_path, as_path=True))
 FLAGS = os.environ.get('NB_FLAGS', '').split()      # cells to run that are normally left out, such as slow
 
 
+# Guides whose parts are tested elsewhere; `nbdev-test` runs them as well
+LONG = '40a_resnet50_teaches_resnet18', '42_plain_loop', '44a_segmentation_tutorial', '44b_detection_tutorial'
+
+
 def run(path):
     "What `nbdev-test` does with one notebook, from a fixed seed"
     from fastai.torch_core import set_seed
@@ -21,10 +25,10 @@ def run(path):
     return 0 if passed else 'A cell failed.'
 
 
-def test_there_are_notebooks(): assert len(NOTEBOOKS) > 20
+def test_there_are_notebooks(): assert len(NOTEBOOKS) > 20 and {*LONG} <= {p.stem for p in NOTEBOOKS}
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.slow if p.stem in LONG else ()) for p in NOTEBOOKS], ids=lambda p: p.stem)
 def test_notebook(path):
     done = workers.call(run, path, timeout=1800, cwd=CONFIG.nbs_path, join=True)
     assert done.returncode == 0, done.stdout[-6000:]

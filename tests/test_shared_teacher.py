@@ -30,7 +30,7 @@ def apart(teacher, tmp_path_factory): return grid(teacher, tmp_path_factory.mkte
 def logs(c): return {k: (c.folder/k/'log.csv').read_text() for k in c.manifests}
 
 
-@pytest.mark.parametrize('executor', ['here', 'process'])
+@pytest.mark.parametrize('executor', ['here', pytest.param('process', marks=pytest.mark.slow)])
 def test_students_are_those_of_separate_runs(teacher, apart, tmp_path, executor):
     "alone, KD, DIST and DiffKD at two seeds; settings too, and the others' time is not in a run's own"
     start = time.perf_counter()
