@@ -53,7 +53,7 @@ def test_bf16_and_mixed_batches(teacher, tmp_path):
     assert hashes(a) == hashes(b) and a.manifests['small_4-from-small_8/diffkd/seed0']['cost']['shared_teacher']['forwards'] == 0
 
 
-@pytest.mark.parametrize('level', [True, False])
+@pytest.mark.parametrize('level', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interrupted_group_goes_on(teacher, apart, tmp_path, monkeypatch, level):
     "Also where one of the runs is further than the others"
     class Stop(Callback):
