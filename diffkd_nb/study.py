@@ -40,7 +40,7 @@ SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
-                  dict(precision='bf16'), 15., 'size=180x240&valid=test'),
+                  dict(precision='bf16', keep_distiller=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
                   'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd'), 'coco',
                   dict(precision='bf16'), 30., 'empty=drop&valid=test')}
@@ -51,9 +51,6 @@ _like('S2', 'S4', recipe=get_recipe('text').replace(epochs=3, batch_size=128), k
       core_minutes=5.)
 _like('S4', 'S4 TextCNN', student='textcnn', core_minutes=3.)
 _like('S2 held out', 'S5', teacher='bigru', student='textcnn')
-
-# %% ../nbs/32_study.ipynb #0993cce8
-SETTINGS['S3'].options['keep_distiller'] = True
 
 # %% ../nbs/32_study.ipynb #7d7158e9
 @dataclass(frozen=True)
