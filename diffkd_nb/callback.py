@@ -745,5 +745,4 @@ def preset_callback(
 ) -> DistillCallback: # `InputError` for an unknown name
     "Distil with a form that a planned question has chosen"
     m = preset(name)
-    options = {k: v for k,v in m.options.items() if k != 'taps'}
-    return DistillCallback(teacher, m.name, m.taps(None), m.task_weight, **{**options, **kwargs})
+    return DistillCallback(teacher, m.name, m.taps(None), m.task_weight, **{**m.distiller_options, **kwargs})

@@ -237,6 +237,11 @@ def all_options(
     "Every option of a method as it is used"
     return Method.parse(method).full_options()
 
+# %% ../nbs/07a_methods.ipynb #c7890bf7
+@patch(as_prop=True)
+def distiller_options(self:Method) -> dict: # Keywords of the distiller: all options but the taps
+    return {k: v for k,v in self.options.items() if k != 'taps'}
+
 # %% ../nbs/07a_methods.ipynb #addbcd6c
 @patch
 def taps(self:Method,
@@ -275,7 +280,7 @@ def box_taps(self:Method,
 @patch
 def check(self:Method) -> Method: # Itself
     "`TypeError` for an option that the method does not have"
-    if self.name != 'alone': check_options(get_method(self.name), {k: v for k,v in self.options.items() if k != 'taps'})
+    if self.name != 'alone': check_options(get_method(self.name), self.distiller_options)
     return self
 
 # %% ../nbs/07a_methods.ipynb #26112b29
@@ -299,7 +304,7 @@ def make(self:Method,
 ) -> Distiller:
     "The distiller; `ValueError` or `TypeError` for a plan or an option that does not fit"
     cls = get_method(self.check().name)
-    return cls(plan, **context.of(cls), **{k: v for k,v in self.options.items() if k != 'taps'})
+    return cls(plan, **context.of(cls), **self.distiller_options)
 
 # %% ../nbs/07a_methods.ipynb #0820abbf
 PRESETS = {'sentences': 'kd+diffkd:start=gamma,mixing=vp,taps=feature'} # Name to a method, see `parse_method`

@@ -185,12 +185,11 @@ def _distilling(opened, job):
     layout = torch.channels_last if setup.channels_last else torch.contiguous_format
     if teacher is not None: teacher = teacher.to(memory_format=layout)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
-    options = {k: v for k,v in method.options.items() if k != 'taps'}
     taps = opened.taps if method.dense_taps(setup.taps) is None else None       # without a wish the callback looks at the models
     try: return [DistillCallback(teacher, method.name, taps, method.task_weight, setup.seed, verbose=False,
                                  cache=cache, teacher_transform=opened.transform,
                                  inputs=opened.data.example(2), output=opened.task.output,
-                                 teacher_engine=setup.teacher_engine, **options)]
+                                 teacher_engine=setup.teacher_engine, **method.distiller_options)]
     except (TypeError, ValueError) as e: raise InputError(f"method {str(method)!r}: {e}") from None
 
 # %% ../nbs/24_run.ipynb #0ed01ada
