@@ -12,8 +12,9 @@ NOTEBOOKS = sorted(nbglob(CONFIG.nbs_path, as_path=True))
 FLAGS = os.environ.get('NB_FLAGS', '').split()      # cells to run that are normally left out, such as slow
 
 
-# Guides whose parts are tested elsewhere; `nbdev-test` runs them as well
-LONG = '40a_resnet50_teaches_resnet18', '42_plain_loop', '44_bring_your_own', '44a_segmentation_tutorial', '44b_detection_tutorial'
+# Pages whose parts are tested elsewhere; `nbdev-test` runs them as well
+LONG = ('40a_resnet50_teaches_resnet18', '42_plain_loop', '44_bring_your_own', '44a_segmentation_tutorial', '44b_detection_tutorial',
+        '62_imagenet_stronger')
 
 
 def run(path):
