@@ -25,7 +25,8 @@ from .taps import Capture, eval_mode, moved, unwrap
 # %% auto #0
 __all__ = ['attention_map', 'tap_features', 'denoised_maps', 'show_input', 'plot_maps', 'show_denoised', 'map_agreement',
            'valid_maps', 'agreement_text', 'class_maps', 'class_map_agreement', 'plot_steps', 'class_scores',
-           'plot_scores', 'pca_plane', 'plot_plane', 'plot_gamma', 'plot_training', 'plot_differences']
+           'plot_scores', 'pca_plane', 'plot_plane', 'plot_gamma', 'plot_training', 'plot_differences',
+           'plot_contrasts']
 
 # %% ../nbs/19_plots.ipynb #8063c0a8
 def attention_map(
@@ -362,3 +363,21 @@ def _difference(ax, i, seeds, r):
     low, high = r['difference low'], r['difference high']
     bar = None if np.isnan(low) else [[r.difference - low], [high - r.difference]]
     ax.errorbar(r.difference, i, xerr=bar, fmt='|', ms=11, c=colour, capsize=3)
+
+# %% ../nbs/19_plots.ipynb #8be52c5d
+def plot_contrasts(
+    answer, # DataFrame from `contrasts`: a row per difference with difference, low, high
+    metric:str='accuracy', # What is compared, for the axis
+    control:str='identity', # Differences from variants with this in their name are orange
+    ax=None # Axes to draw on; made if not given
+): # The axes
+    "Planned differences with their intervals, in percentage points"
+    if ax is None: _, ax = plt.subplots(figsize=(7.5, .9 + .36*len(answer)), layout='constrained')
+    ax.axvline(0, color='#888888', lw=1)
+    for i,(pair,r) in enumerate(answer.iterrows()):
+        bar = None if np.isnan(r.low) else [[r.difference - r.low], [r.high - r.difference]]
+        ax.errorbar(r.difference, i, xerr=bar, fmt='o', capsize=3, color='#b5521b' if control in pair else '#2b6cb0')
+    ax.set(yticks=range(len(answer)), yticklabels=list(answer.index), xlabel=f'difference in {metric}, percentage points')
+    ax.set_ylim(len(answer) - .5, -.5)
+    for side in ('top', 'right'): ax.spines[side].set_visible(False)
+    return ax
