@@ -27,6 +27,7 @@ from .outputs import *
 from .engine import *
 from .distillation import *
 from .teacher_learner import *
+from .memory import *
 from .precision import *
 from .callback import *
 from .data import *

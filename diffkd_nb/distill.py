@@ -25,6 +25,7 @@ from fastai.vision.learner import create_timm_model, create_unet_model, create_v
 from .callback import DistillCallback, distillation, first_samples
 from .distillation import Distillation, NoTeacher, as_method
 from .files import InputError
+from .memory import keep_memory
 from .models import library_of, make_model, n_parameters
 from .outputs import output_kind
 from .rng import same_rng
@@ -455,8 +456,9 @@ def _one(learn, asked, method, options, seed=None, quiet=False):
     model, splitter = student_model(student, asked.known, asked.pretrained)
     own = [] if method == 'alone' else [DistillCallback(learn, method, seed=seed, **options)]
     new = student_learner(learn, model.to(_device(learn.model)), splitter, [*own, *deepcopy(asked.cbs)])
-    with ExitStack() as silent:
-        if quiet: silent.enter_context(new.no_bar()); silent.enter_context(new.no_logging())
+    with ExitStack() as around:
+        around.enter_context(keep_memory(_device(learn.model)))
+        if quiet: around.enter_context(new.no_bar()); around.enter_context(new.no_logging())
         _train(new, asked.epochs, asked.lr, asked.pretrained)
     return new
 

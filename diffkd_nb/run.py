@@ -23,6 +23,7 @@ from .callback import DistillCallback, distillation
 from .diagnostics import DenoisingDiagnostics, Diagnosis
 from .fast import CudaGraphStep
 from .files import InputError, csv_text, only_one, process_rank, world_size, write_whole
+from .memory import keep_memory
 from .methods import Method
 from .precision import CpuAutocast, bf16_instructions
 from .models import n_parameters, registered_only
@@ -263,7 +264,7 @@ def _train(opened, job, state, cbs):
     if world_size() > 1: from diffkd_nb.distributed import share; shared = share(learn, job.place)
     if job.progress and not process_rank(): _show_progress(learn, opened.setup)
     if began < epochs:
-        with shared, learn.no_bar(), learn.no_logging(): learn.fit(epochs, start_epoch=began)
+        with shared, keep_memory(job.place), learn.no_bar(), learn.no_logging(): learn.fit(epochs, start_epoch=began)
     return learn, began, time.perf_counter() - log.waited - start
 
 # %% ../nbs/24_run.ipynb #86d625c2
