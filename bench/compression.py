@@ -4,7 +4,7 @@
 
 Fitted on the teacher's last map of training pictures, judged on the test pictures. One row per variant, width and seed: relative squared error of the
 feature that comes back, on both; class signal of the latent's mean over positions and its linear CKA with the whole feature's; accuracy of the teacher's
-classifier on the feature that comes back, as a share of that on the feature. A second call goes on where code, data and weights are the same.
+classifier on the feature that comes back, as a share of that on the feature. The row `whole` keeps all channels. A second call goes on where code, data and weights are the same.
 """
 import argparse, time
 from pathlib import Path
@@ -84,11 +84,13 @@ def error(f, x):
     return float(wrong/all_)
 
 
-def judge(f, fitted, held_out, pooled, y, classify):
-    "All measures of a compression; averaging over positions and an affine map change places"
-    right = lambda x: float((classify(x.float()).argmax(1) == y).double().mean())
-    return dict(error=error(f, held_out), fit_error=error(f, fitted), class_signal=class_signal(f.latent(pooled), y), cka=linear_cka(f.latent(pooled), pooled),
-                accuracy=100*right(f(pooled)), kept=100*right(f(pooled))/right(pooled))
+def judge(f, fitted, held_out, maps, y, classify):
+    "All measures of a compression, of held-out samples as they are and as maps (N, C, h, w) that the classifier reads; an affine map and a mean change places"
+    through = lambda m: f(m.movedim(1, -1)).movedim(-1, 1)
+    right = lambda m: float((classify(m.flatten(1).float()).argmax(1) == y).double().mean())
+    z, pooled, accuracy = f.latent(maps.mean((2, 3))), maps.mean((2, 3)), right(through(maps))
+    return dict(error=error(f, held_out), fit_error=error(f, fitted), class_signal=class_signal(z, y), cka=linear_cka(z, pooled),
+                accuracy=100*accuracy, kept=100*accuracy/right(maps))
 
 
 def main():
@@ -106,13 +108,15 @@ def main():
     x, held_out = (maps(teacher, pictures, data.stats, a.place) for pictures in (data.x[:a.pictures], data.xv))
     flat = lambda m: m.movedim(1, -1).reshape(-1, m.shape[1])
     classify = [m for m in teacher.modules() if isinstance(m, torch.nn.Linear)][-1].requires_grad_(False)
-    pooled, f, g = held_out.mean((2, 3)).double(), flat(x), flat(held_out)
+    f, g, side = flat(x), flat(held_out), round((classify.in_features/x.shape[1])**.5)
+    seen = torch.nn.functional.adaptive_avg_pool2d(held_out, side).double()       # what the classifier reads
     mean, cov = moments(f)
     def add(variant, width, seed, make):
         if (variant, width, seed) in {(r['variant'], r['width'], r['seed']) for r in rows}: return
         t = time.process_time(); made, *more = make(); seconds = time.process_time() - t
-        with torch.no_grad(): found = judge(made, f, g, pooled, data.yv, classify)
+        with torch.no_grad(): found = judge(made, f, g, seen, data.yv, classify)
         rows.add(variant=variant, width=width, seed=seed, channels=len(mean), **found, seconds=seconds, course=more[0] if more else [])
+    add('whole', len(mean), None, lambda: [pca(mean, cov, len(mean))])
     for w in a.widths:
         add('PCA', w, None, lambda: [pca(mean, cov, w)])
         for s in a.seeds:

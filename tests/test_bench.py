@@ -66,5 +66,7 @@ def test_a_trained_autoencoder_comes_near_to_pca_and_not_below():
     best, own = compression.error(compression.pca(*compression.moments(flat), 4), flat), compression.error(f, flat)
     assert best - 1e-9 <= own < best + .02 and len(course) == 2 and course[1] < course[0]
     y = torch.arange(4000) % 5
-    found = compression.judge(f, flat, flat, x.mean((2, 3)).double(), y, lambda v: torch.nn.functional.one_hot(y, 5).float())
+    found = compression.judge(f, flat, flat, x.double(), y, lambda v: torch.nn.functional.one_hot(y, 5).float())
     assert found['kept'] == 100 and found['error'] == found['fit_error'] == own and 0 < found['cka'] < 1
+    whole = compression.judge(compression.pca(*compression.moments(flat), 8), flat, flat, x.double(), y, lambda v: ((v[:, :5] - x.flatten(1)[:, :5]).abs() < 1e-4).float())
+    assert whole['error'] < 1e-9 and whole['cka'] == pytest.approx(1) and whole['kept'] == 100
