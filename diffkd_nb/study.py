@@ -88,6 +88,16 @@ _LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for nam
     'start by gamma': 'start=gamma', 'start by gamma, variance kept': 'start=gamma,mixing=vp',
     'clean feature': 'predicts=clean'}.items()}}
 
+# %% ../nbs/32_study.ipynb #bfeba9fe
+_FORMS = {'MLP': 'denoiser=mlp', '1 step': 'steps=1', '3 steps': 'steps=3', '10 steps': 'steps=10',
+          **{d: f'feature_loss={d}' for d in ('cosine', 'kl', 'dist', 'swd')}}
+_FORMS_TEXT = {'KD': 'kd', 'KD + identity': _ON_KD.format(_IDENTITY + ','), 'KD + DiffKD': _ON_KD.format(''),
+               **{name: _ON_KD.format(options + ',') for name,options in _FORMS.items()},
+               **{f'{d}, identity': _ON_KD.format(f'{_IDENTITY},feature_loss={d},') for d in ('cosine', 'kl', 'dist', 'swd')}}
+_BASES = {'DKD': 'dkd', 'KD + CRD': 'kd+crd', 'KD + RKD': 'kd+rkd'}
+_JOINED = {f'{base}{name}': text + more for base,text in _BASES.items() for name,more in {
+    '': '', ' + identity': f'+diffkd:{_IDENTITY},taps=feature', ' + DiffKD': '+diffkd:taps=feature'}.items()}
+
 # %% ../nbs/32_study.ipynb #4b5284bf
 _NAMES = dict(alone='alone', kd='KD', dkd='DKD', dist='DIST', fitnet='FitNet', rkd='RKD', pkt='PKT', crd='CRD', srrl='SRRL',
               vid='VID', reviewkd='ReviewKD', ofa='OFA', diffkd='DiffKD', ttm='TTM', wttm='WTTM', gdkd='GDKD', taid='TAID',
@@ -111,6 +121,11 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE, tuple(range(230, 240))),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
+    Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
+        (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
+         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606))),
+    Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
+        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))),
     Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
         'alone': 'alone', 'KD': 'kd', 'state': _ON_KD.format(''), 'state, identity': _ON_KD.format(_IDENTITY + ','),
         'words': 'kd+diffkd:taps=words', 'words, identity': f'kd+diffkd:{_IDENTITY},taps=words'},

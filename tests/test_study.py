@@ -29,9 +29,10 @@ def test_some_variants_have_fewer_seeds(toy, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_method_of_the_comparison_trains(toy, tmp_path):
+@pytest.mark.parametrize('key', ['methods', '4-text', '4-text-joined'])
+def test_every_method_of_the_comparison_trains(toy, tmp_path, key):
     "All rows of the planned comparison, one epoch each"
-    q = replace(QUESTIONS['methods'], key='toy', setting='toy', seeds=(7,), fewer={})
+    q = replace(QUESTIONS[key], key='toy', setting='toy', seeds=(7,), fewer={})
     result = study(q, None, toy, tmp_path/'out', progress=False)
     assert not result.failed and not result.diverged and len(result.runs) == len(q.variants)
     assert (q.answer(tmp_path/'out').n == 1).all()
