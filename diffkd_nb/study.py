@@ -40,7 +40,7 @@ SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
-                  dict(precision='bf16', keep_distiller=True), 15., 'size=180x240&valid=test'),
+                  dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
                   'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd'), 'coco',
                   dict(precision='bf16'), 30., 'empty=drop&valid=test')}
@@ -121,11 +121,6 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE, tuple(range(230, 240))),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
-    Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
-        (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
-         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606))),
-    Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
-        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))),
     Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
         'alone': 'alone', 'KD': 'kd', 'state': _ON_KD.format(''), 'state, identity': _ON_KD.format(_IDENTITY + ','),
         'words': 'kd+diffkd:taps=words', 'words, identity': f'kd+diffkd:{_IDENTITY},taps=words'},
@@ -150,6 +145,14 @@ def get_question(
     if isinstance(key, Question): return key
     if key in QUESTIONS: return QUESTIONS[key]
     raise InputError(f"there is no question named {key!r}: expected one of {', '.join(QUESTIONS)}.")
+
+# %% ../nbs/32_study.ipynb #b150e768
+QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand on
+    Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
+        (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
+         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606))),
+    Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
+        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))))}
 
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
@@ -259,10 +262,10 @@ def study(
     if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
     each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
-    how = dict(jobs=jobs, executor=executor, device=str(place))
+    how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=[q.seeds[0]])
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
-                   s.describe(data), out, threads=1, minutes=minutes, cache=cache,
-                   keep_student=[q.seeds[0]], progress=progress, **how, **s.options, **on_gpu)
+                   s.describe(data), out, threads=1, minutes=minutes, cache=cache, progress=progress,
+                   **{**how, **s.options, **on_gpu})
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(
