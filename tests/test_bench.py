@@ -2,12 +2,16 @@
 import json, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
-from diffkd_nb.study import SETTINGS
+import pandas as pd, pytest, torch
+from diffkd_nb.feature_measures import about_the_sample
+from diffkd_nb.recipes import get_recipe
+from diffkd_nb.run import run
+from diffkd_nb.segmentation_data import write_shapes
+from diffkd_nb.study import QUESTIONS, SETTINGS, Setting, study
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'bench'))
-import compression, rows        # noqa: E402
+import about_the_image, compression, rows        # noqa: E402
 
 
 @pytest.mark.slow
@@ -70,3 +74,56 @@ def test_a_trained_autoencoder_comes_near_to_pca_and_not_below():
     assert found['kept'] == 100 and found['error'] == found['fit_error'] == own and 0 < found['cka'] < 1
     whole = compression.judge(compression.pca(*compression.moments(flat), 8), flat, flat, x.double(), y, lambda v: ((v[:, :5] - x.flatten(1)[:, :5]).abs() < 1e-4).float())
     assert whole['error'] < 1e-9 and whole['cka'] == pytest.approx(1) and whole['kept'] == 100
+
+
+def _measured(seeds, denoised):
+    "Rows of made-up maps: students with noise of their own, `denoised(before, teacher)` of each"
+    rows = []
+    for s in seeds:
+        g = torch.Generator().manual_seed(s)
+        draw = lambda *shape: torch.randn(*shape, generator=g)
+        teacher = draw(3, 6, 6) + draw(30, 3, 6, 6)
+        before, control = teacher + 2*draw(*teacher.shape), teacher + 2*draw(*teacher.shape)
+        maps = dict(before=before, denoised=denoised(before, teacher)), dict(identity=control)
+        rows += [dict(variant=v, seed=s, map=k, **about_the_sample(m, teacher)) for v,found in zip(('DiffKD', 'identity'), maps) for k,m in found.items()]
+    return rows
+
+
+@pytest.mark.parametrize('denoised,words,own', [
+    (lambda before, teacher: teacher, 'about the picture and what all pictures share', 1.),
+    (lambda before, teacher: teacher.mean(0, keepdim=True).expand_as(teacher), 'what all pictures share', None),
+    (lambda before, teacher: before, "nothing that is the teacher's", None)], ids=['perfect', 'average', 'nothing'])
+def test_denoisers_whose_answer_is_known(denoised, words, own):
+    seeds = range(5)
+    made = _measured(seeds, denoised)
+    table = pd.DataFrame(made).query('map == "denoised"')
+    if own: assert table.own.tolist() == pytest.approx([own]*5)
+    if words == 'what all pictures share': assert table.about.abs().max() < 1e-9 and table.average.min() > .9
+    found = about_the_image.answer(made, seeds)
+    assert len(found) == 4 and about_the_image.verdict(found) == words
+    assert about_the_image.answer(made[:-1], seeds) is None and about_the_image.answer([], seeds) is None     # a seed is missing
+
+
+@pytest.mark.slow
+def test_about_the_image_of_stored_runs(tmp_path, monkeypatch, capsys):
+    "From a small study to the answer; a seed that is missing is named, and gives no answer"
+    data = write_shapes(tmp_path/'shapes', 30, (36, 44))
+    recipe = get_recipe('camvid').replace(epochs=2, batch_size=6)
+    run(recipe, data + '?size=24x32', None, 'pyramid:small:4?width=12', 'alone', 0, tmp_path/'teacher', progress=False)
+    kind, _, folder = data.partition(':')
+    q = QUESTIONS['segmentation']
+    toy = Setting('S3', 'pyramid:small:4?width=12', 'pyramid:small:2?width=8', recipe, kind, SETTINGS['S3'].options, .1, 'size=24x32')
+    monkeypatch.setitem(SETTINGS, 'S3', toy)
+    monkeypatch.setitem(QUESTIONS, 'segmentation', replace(q, seeds=(1, 2), variants={k: q.variants[k] for k in ('DiffKD', 'identity')}, differences=q.differences[:1]))
+    teacher = tmp_path/'teacher'/'student.safetensors'
+    argv = ['x', '--study', str(tmp_path/'study'), '--data', data + '?size=24x32', '--teacher', str(teacher), '--out', str(tmp_path/'out.json')]
+    monkeypatch.setattr(sys, 'argv', argv)
+    study('segmentation', folder, teacher, tmp_path/'study', seeds=[1], progress=False); about_the_image.main()
+    said = capsys.readouterr().out
+    assert 'identity, seed 2: the run missing' in said and '1 of 2 planned seeds' in said
+    study('segmentation', folder, teacher, tmp_path/'study', progress=False); about_the_image.main()
+    assert 'What denoising adds is' in capsys.readouterr().out
+    stored = pd.DataFrame(json.loads((tmp_path/'out.json').read_text())['rows'])
+    assert sorted(zip(stored.variant, stored.seed, stored['map'])) == sorted((v, s, m) for s in (1, 2) for v,ms in
+        (('DiffKD', ('before', 'denoised', 'student', 'teacher')), ('identity', ('identity', 'student', 'teacher'))) for m in ms)
+    assert (stored[stored['map'] == 'teacher'].own - 1).abs().max() < 1e-9
