@@ -67,7 +67,8 @@ def unbiased_cka(
 ) -> float: # 1 at most, near 0 where independent, perhaps below; NaN where all samples of one are equal
     "Centred kernel alignment of linear kernels without the bias of few samples"
     x, z = _samples(x), _samples(z)
-    if len(x) != len(z) or len(x) < 4: raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}.")
+    if len(x) != len(z) or len(x) < 4:
+        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}.")
     if any(float((v - v.mean(0)).norm()) <= 1e-9*float(v.norm()) for v in (x, z)): return math.nan
     k, l = (v @ v.T for v in (x - x.mean(0), z - z.mean(0)))
     return float(_hsic(k, l)/(_hsic(k, k)*_hsic(l, l)).clamp_min(0).sqrt())
@@ -105,7 +106,8 @@ def about_the_sample(
 ) -> dict: # `own`, `other`, `average`, perhaps `class`; `about`: own minus other; `CKA`, `CKA of others`
     "How much a map is like the teacher's, and how much of that is about the sample"
     if maps.shape != teacher.shape or len(maps) < 2:
-        raise ValueError(f"maps of two or more samples are compared, got {tuple(maps.shape)} and {tuple(teacher.shape)}.")
+        raise ValueError("maps of two or more samples are compared, "
+                         f"got {tuple(maps.shape)} and {tuple(teacher.shape)}.")
     m, t = _unit(maps), _unit(teacher)
     each = m @ t.T
     n, own, flat = len(m), each.diagonal().mean(), teacher.flatten(1).double()
@@ -115,4 +117,5 @@ def about_the_sample(
     if y is not None: found['class'] = with_others(y.unique(return_inverse=True)[1])
     x = maps.flatten(1).double()
     alike = lambda z: unbiased_cka(x, z) if n > 3 else math.nan
-    return {**found, 'about': found['own'] - found['other'], 'CKA': alike(flat), 'CKA of others': alike(flat.roll(n//2, 0))}
+    return {**found, 'about': found['own'] - found['other'],
+            'CKA': alike(flat), 'CKA of others': alike(flat.roll(n//2, 0))}
