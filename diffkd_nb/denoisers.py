@@ -1,4 +1,4 @@
-"""A U-Net (table 12) or an MLP in place of the light denoiser, and denoisers of your own
+"""A U-Net (table 12), an MLP or a transformer in place of the light denoiser, and denoisers of your own
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/denoisers.html.md"""
 
@@ -16,7 +16,8 @@ from .padding import AtWords, padding_at
 from .diffusion import Denoiser
 
 # %% auto #0
-__all__ = ['DENOISERS', 'TimedBlock', 'UNetDenoiser', 'PositionBlock', 'MLPDenoiser', 'OwnDenoiser', 'make_denoiser']
+__all__ = ['DENOISERS', 'TimedBlock', 'UNetDenoiser', 'PositionBlock', 'MLPDenoiser', 'position_code', 'TransformerDenoiser',
+           'OwnDenoiser', 'make_denoiser']
 
 # %% ../nbs/03b_denoisers.ipynb #d2bf737b
 class TimedBlock(nn.Module):
@@ -136,6 +137,44 @@ def forward(self:MLPDenoiser, x:Tensor, t:Tensor|int) -> Tensor: # The shape of 
     "Guess the noise in `x` at the times `t`, (B,) or one for all"
     return self.predict(x, self.embed(torch.as_tensor(t, device=x.device).view(-1)))
 
+# %% ../nbs/03b_denoisers.ipynb #d3dbacae
+def position_code(
+    h:int, w:int, # Rows and columns
+    width:int, # Length of the vectors, a multiple of 4
+    device=None # Where to
+) -> Tensor: # (h w, width)
+    "Sines and cosines of row and column, half of the vector each"
+    rates = 1e-4**torch.linspace(0, 1, width//4, device=device)
+    row, column = (torch.arange(n, device=device)[:, None]*rates for n in (h, w))
+    row, column = row.repeat_interleave(w, 0), column.repeat(h, 1)
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], 1)
+
+# %% ../nbs/03b_denoisers.ipynb #7adfa1cb
+class TransformerDenoiser(MLPDenoiser):
+    "Guesses the noise with self-attention over the positions"
+    def __init__(self,
+        channels:int, # Latent width L
+        kind:str='feature', # Not used: vectors (B, L) are maps of one position
+        least:int=8, # Not used
+        width:int|None=None # Channels inside, a multiple of 16; half of L by default
+    ):
+        w = max(16, round(channels/2/16)*16) if width is None else width
+        if w < 16 or w % 16: raise ValueError(f"the width of the transformer must be a multiple of 16, got {width}.")
+        super().__init__(channels, width=w)
+        layer = dict(nhead=4, dim_feedforward=2*w, dropout=0., activation='gelu', batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(w, **layer) for _ in range(2))
+
+# %% ../nbs/03b_denoisers.ipynb #3a5830a9
+@patch
+def predict(self:TransformerDenoiser, x:Tensor, emb:Tensor) -> Tensor: # The shape of `x`
+    "Guess the noise in `x`, given its times' vectors"
+    if x.dim() == 2: return self.predict(x[..., None, None], emb)[..., 0, 0]
+    y = self.begin(x.flatten(2).transpose(1, 2))
+    y = y + position_code(*x.shape[2:], y.shape[2], x.device) + emb[:, None]
+    padding = None if self.words.mask is None else self.words.mask[:, 0, :, 0] < .5
+    for block in self.blocks: y = block(y, src_key_padding_mask=padding)
+    return self.words(self.end(F.silu(y)).transpose(1, 2).reshape(x.shape))
+
 # %% ../nbs/03b_denoisers.ipynb #a4cafb91
 class OwnDenoiser(nn.Module):
     "A network of the form `net(x, t)` with what the sampler calls"
@@ -144,7 +183,8 @@ class OwnDenoiser(nn.Module):
     def predict(self, x, emb): return self.net(x, emb[:, 0].long().expand(len(x)))
     def forward(self, x, t): return self.predict(x, self.embed(torch.as_tensor(t, device=x.device)))
 
-DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser, 'mlp': MLPDenoiser} # Denoisers by name
+DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser, 'mlp': MLPDenoiser,
+             'transformer': TransformerDenoiser} # Denoisers by name
 
 def make_denoiser(
     denoiser:str|nn.Module|Callable, # A key of `DENOISERS`, a module, or a function of the width
