@@ -1,4 +1,4 @@
-"""A U-Net in place of the light denoiser (table 12), and denoisers of your own
+"""A U-Net (table 12), an MLP or a transformer in place of the light denoiser, and denoisers of your own
 
 Docs: https://diffkd-nb.github.io/diffkd_nb/denoisers.html.md"""
 
@@ -12,10 +12,12 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from .padding import AtWords, padding_at
 from .diffusion import Denoiser
 
 # %% auto #0
-__all__ = ['DENOISERS', 'TimedBlock', 'UNetDenoiser', 'OwnDenoiser', 'make_denoiser']
+__all__ = ['DENOISERS', 'TimedBlock', 'UNetDenoiser', 'PositionBlock', 'MLPDenoiser', 'position_code', 'TransformerDenoiser',
+           'OwnDenoiser', 'make_denoiser']
 
 # %% ../nbs/03b_denoisers.ipynb #d2bf737b
 class TimedBlock(nn.Module):
@@ -84,6 +86,95 @@ def forward(self:UNetDenoiser, x:Tensor, t:Tensor|int) -> Tensor: # The shape of
     "Guess the noise in `x` at the times `t`, (B,) or one for all"
     return self.predict(x, self.embed(torch.as_tensor(t, device=x.device).view(-1)))
 
+# %% ../nbs/03b_denoisers.ipynb #c4630eb8
+class PositionBlock(nn.Module):
+    "Two layers at each position behind a LayerNorm and SiLU; the time's vector is added in between"
+    def __init__(self,
+        width:int # Channels in and out
+    ):
+        super().__init__()
+        self.norm, self.time = nn.LayerNorm(width), nn.Linear(width, 2*width)
+        self.first, self.second = nn.Linear(width, 2*width), nn.Linear(2*width, width)
+
+    def forward(self,
+        x:Tensor, # (B, positions, width)
+        e:Tensor # (B, width) or (1, width)
+    ) -> Tensor: # The shape of `x`
+        return x + self.second(F.silu(self.first(self.norm(x)) + self.time(e)[:, None]))
+
+# %% ../nbs/03b_denoisers.ipynb #d4fe22ee
+class MLPDenoiser(nn.Module):
+    "Guesses the noise at each position by itself"
+    def __init__(self,
+        channels:int, # Latent width L
+        kind:str='feature', # Not used: vectors (B, L) are maps of one position
+        least:int=8, # Not used
+        width:int|None=None # Channels inside; half of L by default
+    ):
+        super().__init__()
+        w = max(8, channels//2) if width is None else width
+        if w < 1: raise ValueError(f"the width of the MLP must be at least 1, got {width}.")
+        self.time = nn.Sequential(nn.Embedding(1280, w), nn.Linear(w, w), nn.SiLU())
+        self.begin, self.end = nn.Linear(channels, w), nn.Linear(w, channels)
+        self.blocks, self.words = nn.ModuleList(PositionBlock(w) for _ in range(2)), AtWords()
+
+# %% ../nbs/03b_denoisers.ipynb #a879b1e1
+@patch
+def embed(self:MLPDenoiser, t:Tensor) -> Tensor: # (n, width)
+    "Vectors of the times `t` (n,)"
+    return self.time(t)
+
+@patch
+def predict(self:MLPDenoiser, x:Tensor, emb:Tensor) -> Tensor: # The shape of `x`
+    "Guess the noise in `x`, given its times' vectors"
+    y = self.begin(x.flatten(2).transpose(1, 2) if x.dim() == 4 else x[:, None])
+    for block in self.blocks: y = block(y, emb)
+    y = self.end(F.silu(y)).transpose(1, 2)
+    return self.words(y.reshape(x.shape))
+
+@patch
+def forward(self:MLPDenoiser, x:Tensor, t:Tensor|int) -> Tensor: # The shape of `x`
+    "Guess the noise in `x` at the times `t`, (B,) or one for all"
+    return self.predict(x, self.embed(torch.as_tensor(t, device=x.device).view(-1)))
+
+# %% ../nbs/03b_denoisers.ipynb #d3dbacae
+def position_code(
+    h:int, w:int, # Rows and columns
+    width:int, # Length of the vectors, a multiple of 4
+    device=None # Where to
+) -> Tensor: # (h w, width)
+    "Sines and cosines of row and column, half of the vector each"
+    rates = 1e-4**torch.linspace(0, 1, width//4, device=device)
+    row, column = (torch.arange(n, device=device)[:, None]*rates for n in (h, w))
+    row, column = row.repeat_interleave(w, 0), column.repeat(h, 1)
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], 1)
+
+# %% ../nbs/03b_denoisers.ipynb #7adfa1cb
+class TransformerDenoiser(MLPDenoiser):
+    "Guesses the noise with self-attention over the positions"
+    def __init__(self,
+        channels:int, # Latent width L
+        kind:str='feature', # Not used: vectors (B, L) are maps of one position
+        least:int=8, # Not used
+        width:int|None=None # Channels inside, a multiple of 16; half of L by default
+    ):
+        w = max(16, round(channels/2/16)*16) if width is None else width
+        if w < 16 or w % 16: raise ValueError(f"the width of the transformer must be a multiple of 16, got {width}.")
+        super().__init__(channels, width=w)
+        layer = dict(nhead=4, dim_feedforward=2*w, dropout=0., activation='gelu', batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(w, **layer) for _ in range(2))
+
+# %% ../nbs/03b_denoisers.ipynb #3a5830a9
+@patch
+def predict(self:TransformerDenoiser, x:Tensor, emb:Tensor) -> Tensor: # The shape of `x`
+    "Guess the noise in `x`, given its times' vectors"
+    if x.dim() == 2: return self.predict(x[..., None, None], emb)[..., 0, 0]
+    y = self.begin(x.flatten(2).transpose(1, 2))
+    y = y + position_code(*x.shape[2:], y.shape[2], x.device) + emb[:, None]
+    padding = None if self.words.mask is None else self.words.mask[:, 0, :, 0] < .5
+    for block in self.blocks: y = block(y, src_key_padding_mask=padding)
+    return self.words(self.end(F.silu(y)).transpose(1, 2).reshape(x.shape))
+
 # %% ../nbs/03b_denoisers.ipynb #a4cafb91
 class OwnDenoiser(nn.Module):
     "A network of the form `net(x, t)` with what the sampler calls"
@@ -92,7 +183,8 @@ class OwnDenoiser(nn.Module):
     def predict(self, x, emb): return self.net(x, emb[:, 0].long().expand(len(x)))
     def forward(self, x, t): return self.predict(x, self.embed(torch.as_tensor(t, device=x.device)))
 
-DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser} # Denoisers by name
+DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser, 'mlp': MLPDenoiser,
+             'transformer': TransformerDenoiser} # Denoisers by name
 
 def make_denoiser(
     denoiser:str|nn.Module|Callable, # A key of `DENOISERS`, a module, or a function of the width

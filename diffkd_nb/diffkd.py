@@ -75,7 +75,7 @@ class DiffKD(nn.Module):
         steps:int=5, # Denoiser calls on the student's feature
         start:str|int='released', # First time of denoising, see `ddim_times`; `'gamma'`: the one that gamma implies
         adapter:bool=True, # Without it no noise is added and gamma is 1
-        denoiser:str|nn.Module|Callable='diffusion', # Or `'unet'`, or your own, see `make_denoiser`; `'identity'`: none, a control
+        denoiser:str|nn.Module|Callable='diffusion', # Or `'unet'`, `'mlp'`, `'transformer'`, your own; `'identity'`: none
         trained_by:str='both', # Which loss trains the denoiser: `'both'`, `'diffusion'` or `'kd'` alone
         norms:str='shared', # BatchNorm of the denoiser: `'shared'`, or `'separate'` layers for the student's maps
         distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits, `'dist'` for maps of classes by default

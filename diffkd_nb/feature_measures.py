@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'linear_residual']
+__all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'unbiased_cka', 'linear_residual', 'about_the_sample']
 
 # %% ../nbs/25a_feature_measures.ipynb #f0e61d27
 def _samples(x):
@@ -53,6 +53,26 @@ def linear_cka(
     x, z = x - x.mean(0), z - z.mean(0)
     return float((x.T @ z).norm()**2/((x.T @ x).norm()*(z.T @ z).norm()))
 
+# %% ../nbs/25a_feature_measures.ipynb #6f04a882
+def _hsic(k, l):
+    "Unbiased estimate of how two kernels of the same samples depend (Song et al. 2012, eq. 5)"
+    n = len(k)
+    k, l = (m - m.diag().diag() for m in (k, l))
+    rows = (k.sum(0) @ l.sum(1))/(n - 2)
+    return ((k*l).sum() + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*rows)/(n*(n - 3))
+
+def unbiased_cka(
+    x:Tensor, # Features (N, C) of four samples or more
+    z:Tensor # Features of the same samples (N, D)
+) -> float: # 1 at most, near 0 where independent, perhaps below; NaN where all samples of one are equal
+    "Centred kernel alignment of linear kernels without the bias of few samples"
+    x, z = _samples(x), _samples(z)
+    if len(x) != len(z) or len(x) < 4:
+        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}.")
+    if any(float((v - v.mean(0)).norm()) <= 1e-9*float(v.norm()) for v in (x, z)): return math.nan
+    k, l = (v @ v.T for v in (x - x.mean(0), z - z.mean(0)))
+    return float(_hsic(k, l)/(_hsic(k, k)*_hsic(l, l)).clamp_min(0).sqrt())
+
 # %% ../nbs/25a_feature_measures.ipynb #527e6033
 def linear_residual(
     x:Tensor, # Features of the student (N, C)
@@ -65,3 +85,37 @@ def linear_residual(
     w = torch.linalg.lstsq(x[:h], z[:h]).solution
     left = z[h:] - x[h:] @ w
     return float(left.var(0).sum()/z[h:].var(0).sum()), left
+
+# %% ../nbs/25a_feature_measures.ipynb #1c82ebaf
+def _unit(x):
+    "Flat maps with mean 0 and length 1; a map without any structure stays 0"
+    x = x.flatten(1).double(); x = x - x.mean(1, keepdim=True)
+    return x/x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+def _average_of_others(x, groups):
+    "For each sample the mean of the other maps of its group; NaN for one that is alone"
+    n = torch.bincount(groups)[groups].double()[:, None]
+    total = torch.zeros(int(groups.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, groups, x)[groups]
+    return (total - x)/(n - 1)
+
+# %% ../nbs/25a_feature_measures.ipynb #e674364b
+def about_the_sample(
+    maps:Tensor, # Maps of N samples (N, ...)
+    teacher:Tensor, # The teacher's maps of the same samples, the same shape
+    y:Tensor|None=None # Classes (N,), for the average of the class
+) -> dict: # `own`, `other`, `average`, perhaps `class`; `about`: own minus other; `CKA`, `CKA of others`
+    "How much a map is like the teacher's, and how much of that is about the sample"
+    if maps.shape != teacher.shape or len(maps) < 2:
+        raise ValueError("maps of two or more samples are compared, "
+                         f"got {tuple(maps.shape)} and {tuple(teacher.shape)}.")
+    m, t = _unit(maps), _unit(teacher)
+    each = m @ t.T
+    n, own, flat = len(m), each.diagonal().mean(), teacher.flatten(1).double()
+    def with_others(groups): return float((m*_unit(_average_of_others(flat, groups))).sum(1).nanmean())
+    found = dict(own=float(own), other=float((each.sum() - n*own)/(n*(n - 1))),
+                 average=with_others(torch.zeros(n, dtype=torch.long)))
+    if y is not None: found['class'] = with_others(y.unique(return_inverse=True)[1])
+    x = maps.flatten(1).double()
+    alike = lambda z: unbiased_cka(x, z) if n > 3 else math.nan
+    return {**found, 'about': found['own'] - found['other'],
+            'CKA': alike(flat), 'CKA of others': alike(flat.roll(n//2, 0))}

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
-           'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'get_distance',
-           'PixelCrossEntropy']
+           'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'cosine_loss',
+           'sliced_wasserstein_loss', 'get_distance', 'PixelCrossEntropy']
 
 # %% ../nbs/04_losses.ipynb #4fecc47a
 # What the outputs of a model can be, in words
@@ -185,9 +185,30 @@ def attention_mse_loss(
     "Squared error weighted by the teacher's spatial attention (Yang et al., FGD, CVPR 2022)"
     return (attention(teacher, temperature)*(student.float() - teacher.float())**2).mean()
 
+# %% ../nbs/04_losses.ipynb #cb21540f
+def cosine_loss(
+    student:Tensor, # (B, C), or maps (B, C, H, W)
+    teacher:Tensor # The same shape
+) -> Tensor: # Scalar, float32; 0 where directions agree, up to 2
+    "One minus the cosine between channels, mean over samples and positions"
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1).mean()
+
+# %% ../nbs/04_losses.ipynb #3ae142db
+def sliced_wasserstein_loss(
+    student:Tensor, # (B, C), or maps (B, C, H, W)
+    teacher:Tensor, # The same shape
+    directions:Tensor|None=None # Unit vectors in columns (C, n); 64 random ones by default
+) -> Tensor: # Scalar, float32
+    "Squared 2-Wasserstein distance between the features of a batch, mean over directions (Rabin et al., 2011)"
+    s, t = _rows(student), _rows(teacher)
+    if directions is None: directions = F.normalize(torch.randn(s.shape[1], 64, device=s.device), dim=0)
+    with torch.autocast(s.device.type, enabled=False):
+        return F.mse_loss(*((x @ directions).sort(0).values for x in (s, t)))
+
 # %% ../nbs/04_losses.ipynb #3073d826
 # Distances by name
-DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'cwd': cwd_loss, 'attention_mse': attention_mse_loss}
+DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'cwd': cwd_loss, 'attention_mse': attention_mse_loss,
+             'cosine': cosine_loss, 'swd': sliced_wasserstein_loss}
 
 # %% ../nbs/04_losses.ipynb #e92929b2
 def get_distance(

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 
 # %% auto #0
-__all__ = ['words_of', 'split_mark', 'PaddedNorm', 'WordMean', 'padding_at']
+__all__ = ['words_of', 'split_mark', 'PaddedNorm', 'WordMean', 'AtWords', 'padding_at']
 
 # %% ../nbs/00c_padding.ipynb #7afca4b8
 def words_of(
@@ -58,13 +58,19 @@ class WordMean(nn.Module):
         m = torch.ones_like(x[:, :1]) if self.mask is None else self.mask.to(x.dtype)
         return (x*m).sum((2, 3))/m.sum((2, 3)).clamp_min(1)
 
+class AtWords(nn.Module):
+    "Padding becomes 0"
+    mask = None # As in `PaddedNorm`
+    def forward(self, x:Tensor) -> Tensor: # (B, C, N, 1), or without a mask any shape
+        return x if self.mask is None else x*self.mask.to(x.dtype)
+
 @contextmanager
 def padding_at(
     module:nn.Module, # Its layers of this page are told
     mask:Tensor # (B, N) bool, true where a word is
 ):
     "Inside the block padding takes no part"
-    layers = [m for m in module.modules() if isinstance(m, (PaddedNorm, WordMean))]
+    layers = [m for m in module.modules() if isinstance(m, (PaddedNorm, WordMean, AtWords))]
     for m in layers: m.mask = mask[:, None, :, None].float()
     try: yield
     finally:

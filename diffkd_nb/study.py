@@ -40,7 +40,7 @@ SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
     'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
-                  dict(precision='bf16', keep_distiller=True), 15., 'size=180x240&valid=test'),
+                  dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
                   'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd'), 'coco',
                   dict(precision='bf16'), 30., 'empty=drop&valid=test')}
@@ -87,6 +87,16 @@ _LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for nam
     'by diffusion, pre-trained': 'trained_by=diffusion,pretrain=600', 'own BatchNorm': 'norms=separate',
     'start by gamma': 'start=gamma', 'start by gamma, variance kept': 'start=gamma,mixing=vp',
     'clean feature': 'predicts=clean'}.items()}}
+
+# %% ../nbs/32_study.ipynb #bfeba9fe
+_FORMS = {'MLP': 'denoiser=mlp', '1 step': 'steps=1', '3 steps': 'steps=3', '10 steps': 'steps=10',
+          **{d: f'feature_loss={d}' for d in ('cosine', 'kl', 'dist', 'swd')}}
+_FORMS_TEXT = {'KD': 'kd', 'KD + identity': _ON_KD.format(_IDENTITY + ','), 'KD + DiffKD': _ON_KD.format(''),
+               **{name: _ON_KD.format(options + ',') for name,options in _FORMS.items()},
+               **{f'{d}, identity': _ON_KD.format(f'{_IDENTITY},feature_loss={d},') for d in ('cosine', 'kl', 'dist', 'swd')}}
+_BASES = {'DKD': 'dkd', 'KD + CRD': 'kd+crd', 'KD + RKD': 'kd+rkd'}
+_JOINED = {f'{base}{name}': text + more for base,text in _BASES.items() for name,more in {
+    '': '', ' + identity': f'+diffkd:{_IDENTITY},taps=feature', ' + DiffKD': '+diffkd:taps=feature'}.items()}
 
 # %% ../nbs/32_study.ipynb #4b5284bf
 _NAMES = dict(alone='alone', kd='KD', dkd='DKD', dist='DIST', fitnet='FitNet', rkd='RKD', pkt='PKT', crd='CRD', srrl='SRRL',
@@ -135,6 +145,14 @@ def get_question(
     if isinstance(key, Question): return key
     if key in QUESTIONS: return QUESTIONS[key]
     raise InputError(f"there is no question named {key!r}: expected one of {', '.join(QUESTIONS)}.")
+
+# %% ../nbs/32_study.ipynb #b150e768
+QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand on
+    Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
+        (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
+         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606))),
+    Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
+        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))))}
 
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
@@ -244,10 +262,10 @@ def study(
     if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
     each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
-    how = dict(jobs=jobs, executor=executor, device=str(place))
+    how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=[q.seeds[0]])
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
-                   s.describe(data), out, threads=1, minutes=minutes, cache=cache,
-                   keep_student=[q.seeds[0]], progress=progress, **how, **s.options, **on_gpu)
+                   s.describe(data), out, threads=1, minutes=minutes, cache=cache, progress=progress,
+                   **{**how, **s.options, **on_gpu})
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(

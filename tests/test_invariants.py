@@ -445,6 +445,7 @@ def test_other_channel_counts(widths):
 
 @pytest.mark.parametrize('kw', [dict(adapter=False), dict(denoiser='identity'), dict(denoiser='identity', adapter=False), dict(start='paper'), dict(start=200, steps=3),
                                 dict(steps=1), dict(latent=4), dict(logits_loss='dist'), dict(feature_loss='attention_mse'), dict(temperature=4.),
+                                dict(denoiser='mlp', feature_loss='cosine'), dict(denoiser='transformer', feature_loss='swd'),
                                 dict(align='teacher'), dict(align='student'), dict(start='gamma'),
                                 dict(trained_by='diffusion'), dict(trained_by='kd'), dict(norms='separate'), dict(norms='separate', trained_by='diffusion', start='gamma'), dict(taps=['logits']), dict(taps=['feature']), dict(weights={'logits': .5}),
                                 dict(taps=[('2', '2'), ('5', '5'), 'logits'], distances={'2': 'dist'}), dict(task_weight=.5)], ids=str)

@@ -28,10 +28,22 @@ def test_some_variants_have_fewer_seeds(toy, tmp_path, capsys):
     with pytest.raises(InputError, match='another question'): study(q, None, toy, tmp_path/'out', seeds=[9], progress=False)
 
 
+def test_a_setting_says_which_students_are_stored(toy, tmp_path, monkeypatch):
+    "Those of CamVid, all of them: the measures of denoising need student and distiller of every seed"
+    asked = []
+    monkeypatch.setattr('diffkd_nb.study.compare', lambda *a, **kw: asked.append(kw['keep_student']))
+    q = replace(QUESTIONS['1'], setting='toy')
+    study(q, None, toy, tmp_path/'out', progress=False)
+    monkeypatch.setitem(SETTINGS, 'toy', replace(SETTINGS['toy'], options=SETTINGS['S3'].options))
+    study(q, None, toy, tmp_path/'out', progress=False)
+    assert asked == [[q.seeds[0]], True] and SETTINGS['S3'].options['keep_distiller']
+
+
 @pytest.mark.slow
-def test_every_method_of_the_comparison_trains(toy, tmp_path):
+@pytest.mark.parametrize('key', ['methods', '4-text', '4-text-joined'])
+def test_every_method_of_the_comparison_trains(toy, tmp_path, key):
     "All rows of the planned comparison, one epoch each"
-    q = replace(QUESTIONS['methods'], key='toy', setting='toy', seeds=(7,), fewer={})
+    q = replace(QUESTIONS[key], key='toy', setting='toy', seeds=(7,), fewer={})
     result = study(q, None, toy, tmp_path/'out', progress=False)
     assert not result.failed and not result.diverged and len(result.runs) == len(q.variants)
     assert (q.answer(tmp_path/'out').n == 1).all()
