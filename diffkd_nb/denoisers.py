@@ -48,7 +48,8 @@ class UNetDenoiser(nn.Module):
     ):
         super().__init__()
         w = max(8, round(channels*3/16/8)*8) if width is None else width
-        if w < 8 or w % 8: raise ValueError(f"the width of the U-Net must be a multiple of 8, got {width}.")
+        if w < 8 or w % 8: raise ValueError(f"the width of the U-Net must be a multiple of 8, got {width}. "
+                                            "[help: method-options]")
         widths, e = [w, 2*w, 4*w, 8*w], 4*w
         self.time = nn.Sequential(nn.Embedding(1280, e), nn.Linear(e, e), nn.SiLU())
         self.begin, self.middle = nn.Conv2d(channels, w, 3, padding=1), TimedBlock(8*w, 8*w, e)
@@ -104,9 +105,9 @@ def make_denoiser(
     if isinstance(denoiser, str):
         if denoiser in DENOISERS: return DENOISERS[denoiser](channels, form, least)
         raise ValueError(f"denoiser must be one of 'identity', {', '.join(map(repr, DENOISERS))}, a module or a function of the width, "
-                         f"got {denoiser!r}.")
+                         f"got {denoiser!r}. [help: method-options]")
     net = deepcopy(denoiser) if isinstance(denoiser, nn.Module) else denoiser(channels) if callable(denoiser) else None
     if not isinstance(net, nn.Module):
         raise TypeError("denoiser must be a name, a module or a function of the width that gives one, got "
-                        f"{type(denoiser if net is None else net).__name__}.")
+                        f"{type(denoiser if net is None else net).__name__}. [help: method-options]")
     return net if all(hasattr(net, k) for k in ('embed', 'predict')) else OwnDenoiser(net)

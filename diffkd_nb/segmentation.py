@@ -33,13 +33,14 @@ def confusion(
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
     if pred.dim() == 4: n, pred = n or pred.shape[1], ToSize()(pred.float(), target.shape[1:]).argmax(1)
-    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own.")
+    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own. "
+                               "[help: masks]")
     counted = target != (-100 if ignore is None else ignore)
     t, p = target[counted].long(), pred[counted].long()
     if len(t) and (t.max() >= n or t.min() < 0):
         wrong = int(t.max() if t.max() >= n else t.min())
         raise InputError(f"the masks have the class {wrong}, and the model gives {n} classes, 0 to {n-1}: give the value of void "
-                         "as ignore_index, or a model with more classes.")
+                         "as ignore_index, or a model with more classes. [help: masks]")
     return torch.bincount(t*n + p, minlength=n*n).view(n, n)
 
 def iou(
@@ -105,7 +106,7 @@ class Segmentation(Task):
     def loss(self, recipe): return PixelCrossEntropy(VOID, label_smoothing=recipe.label_smoothing)
 
     def model(self, name, data, drop_path=0.):
-        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}.")
+        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}. [help: recipe]")
         size = data.size or (data.shapes[0][0] if data.one_size else None)
         return segmentation_model(name, len(data.classes), size)
 
@@ -118,7 +119,7 @@ class Segmentation(Task):
 def teacher(self:Segmentation, spec, data, weights=None):
     "`'name@FILE'`; the file may also hold the weights of a library's model alone"
     name, _, f = spec.rpartition('@')
-    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}.")
+    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
     with same_rng(): model = self.model(name, data)
     bare = isinstance(model, Scores) and not any(k.startswith('model.') for k in read_weights(f))
     load_weights(model.model if bare else model, f)
