@@ -43,5 +43,6 @@ def latent_width(
     if latent == 'auto': return None if channels < 512 else 1024 if channels <= 1024 else min(1024, channels//2)
     if latent is None: return None
     if isinstance(latent, bool) or not isinstance(latent, int) or latent < 1:
-        raise ValueError(f"latent must be 'auto', None (no autoencoder) or an integer >= 1, got {latent!r}.")
+        raise ValueError(f"latent must be 'auto', None (no autoencoder) or an integer >= 1, got {latent!r}. "
+                         "[help: method-options]")
     return latent

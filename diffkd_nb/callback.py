@@ -34,7 +34,7 @@ from .taps import check_taps, is_detector, named_tap, tensors_of, unwrap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble
-from .methods import METHODS, Method, preset
+from .methods import METHODS, Method, check_options, preset
 from .distillation import Distillation, NoTeacher, as_method, declared, is_teacherless
 from .outputs import all_void, check_kind, output_kind
 from .teacher_learner import compare_teacher
@@ -154,7 +154,7 @@ def numbered(
     if hasattr(dl, 'batch_index'): yield lambda: torch.as_tensor(dl.batch_index); return    # loaders of `diffkd_nb.data`
     if not isinstance(dl, DataLoader) or not getattr(dl, 'indexed', False):
         raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: "
-                         "use a fastai DataLoader over an indexed dataset.")
+                         "use a fastai DataLoader over an indexed dataset. [help: which-samples]")
     parts = dict(do_item=_NumberItem(dl), do_batch=_NumberBatch(dl), after_batch=_TakeNumbers(dl))
     was = {k: vars(dl)[k] for k in parts if k in vars(dl)}
     for k,v in parts.items(): setattr(dl, k, v)
@@ -202,7 +202,7 @@ class DistillCallback(Callback):
         self.given_taps,taps = taps,self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
             raise ValueError("taps is empty: there is nothing to distil. "
-                             "Leave it out for the default, ['feature', 'logits'].")
+                             "Leave it out for the default, ['feature', 'logits']. [help: taps]")
         self.asked_taps,self.task_weight,self.seed,self.compile = taps,check_number('task_weight', task_weight),seed,compile
         self.verbose,self.teacher_transform,self.cache,self.inputs = verbose,teacher_transform,cache,inputs
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
@@ -222,7 +222,7 @@ def _teacher_model(teacher):
     teacher = teacher.model if isinstance(teacher, Learner) else teacher
     if isinstance(teacher, nn.Module): return teacher
     raise TypeError("teacher must be an nn.Module or a fastai Learner, "
-                    f"got {type(teacher).__name__}: {str(teacher)[:60]!r}.")
+                    f"got {type(teacher).__name__}: {str(teacher)[:60]!r}. [help: models]")
 
 # %% ../nbs/09_callback.ipynb #970aff91
 def _get_learn(self): return vars(self).get('_learn')
@@ -270,10 +270,10 @@ def _meaning(self:DistillCallback):
     "What the logits mean: as said, or as the Learner's loss has it; None where it does not tell and nothing asks"
     names = self.method.name.split('+') if isinstance(self.method, Method) else []
     boxes = [] if is_detector(self.learn.model) else [n for n in names if METHODS[n].for_boxes]
-    if boxes: raise ValueError(output_refusal(METHODS[boxes[0]]))
+    if boxes: raise ValueError(f"{output_refusal(METHODS[boxes[0]])} [help: detectors]")
     if not self._reads_outputs(): return self.output or _or_none(self.learn.loss_func)
     kind = output_kind(self.learn.loss_func, self.output)
-    for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(why)
+    for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(f"{why} [help: scores]")
     return kind
 
 # %% ../nbs/09_callback.ipynb #f84feca6
@@ -313,7 +313,7 @@ def _check_axis(loss, plan):
     maps = any(t.form == 'dense' and t.output == 'classes' and t.student.layout.kind == 'map' for t in plan)
     if not maps or getattr(loss, 'axis', 1) == 1: return
     raise ValueError(f"the student gives scores for each pixel, with the classes on axis 1, and the loss reads axis {loss.axis}: "
-                     "pass axis=1, as in CrossEntropyLossFlat(axis=1).")
+                     "pass axis=1, as in CrossEntropyLossFlat(axis=1). [help: scores]")
 
 # %% ../nbs/09_callback.ipynb #0f370829
 @patch
@@ -322,7 +322,7 @@ def _context(self:DistillCallback, needs):
     data = getattr(self.learn.dls.train, 'dataset', None)
     if 'index' in needs and not hasattr(data, '__len__'):
         raise ValueError("this method keeps a memory of every training sample, and this training set has no "
-                         "length: use an indexed dataset.")
+                         "length: use an indexed dataset. [help: which-samples]")
     self.memory_of = data if {'index', 'n_data', 'labels'} & set(needs) else None
     return Context(n_data=len(data) if 'n_data' in needs else None,
                    labels=data_labels(self.learn.dls.train) if 'labels' in needs else None)
@@ -363,7 +363,8 @@ def _check_loader(dl):
     "`ValueError` for a training set that gives no batch"
     if hasattr(dl, '__len__') and not len(dl):
         raise ValueError(f"the training set gives no batch: {len(getattr(dl, 'dataset', []))} items with batch size "
-                         f"{getattr(dl, 'bs', None)} and incomplete batches dropped. Add data or lower the batch size.")
+                         f"{getattr(dl, 'bs', None)} and incomplete batches dropped. Add data or lower the batch size. "
+                         "[help: too-little-data]")
 
 @patch
 def _names(self:DistillCallback):
@@ -391,9 +392,10 @@ def _check_others(self:DistillCallback):
     "`ValueError` for callbacks that cannot go with a distillation"
     if hasattr(self.learn, 'non_native_mixed_precision'):
         raise ValueError("NonNativeMixedPrecision keeps its own copy of the parameters and would not train "
-                         "the distiller: use learn.to_fp16() or to_bf16().")
+                         "the distiller: use learn.to_fp16() or to_bf16(). [help: precision]")
     if len(self.learn._grab_cbs(DistillCallback)) > 1:
-        raise ValueError("two distillation callbacks on one Learner: remove one, or join the methods ('kd+crd').")
+        raise ValueError("two distillation callbacks on one Learner: remove one, or join the methods ('kd+crd'). "
+                         "[help: callback]")
     self.trainer = next((c for c in self.learn.cbs if type(c).__name__ == 'DistributedTrainer'), None)
     if isinstance(self.learn.model, nn.DataParallel) and len(getattr(self.learn.model, 'device_ids', ())) > 1:
         raise ValueError("nn.DataParallel trains on copies of the student, whose features cannot be seen: train on one device, "
@@ -412,10 +414,10 @@ def _check_method(self:DistillCallback, d):
                          "leave one of them out, or use 'kd' or 'dist'. [help: mixed-targets]")
     if mixed and getattr(self.cache, 'by_view', self.cache is not None):
         raise ValueError(f"the teacher's cache cannot enumerate what {mixed[0]} mixes: "
-                         f"leave out the cache or {mixed[0]}.")
+                         f"leave out the cache or {mixed[0]}. [help: teacher-cache]")
     if self._part()[1] > 1 and 'index' in self.method.needs:
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and each process would keep "
-                         "another: train in one process.")
+                         "another: train in one process. [help: processes]")
 
 # %% ../nbs/09_callback.ipynb #3e9f6955
 @patch
@@ -731,6 +733,7 @@ class DiffKDCallback(DistillCallback):
 # %% ../nbs/09_callback.ipynb #2683f212
 def _check_diffkd(opts, kwargs):
     "Tell about wrong options when the callback is made, not at the first batch"
+    check_options(DiffKDDistiller, opts)
     if 'temperature' in kwargs: check_number('temperature', kwargs['temperature'], positive=True)
     with same_rng():
         DiffKDDistiller([], **{k: v for k,v in opts.items() if k not in ('distances', 'weights')})

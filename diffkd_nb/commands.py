@@ -38,8 +38,8 @@ def at_least(
     "A number that is not below `low`"
     def parse(s):
         try: v = kind(s)
-        except ValueError: raise argparse.ArgumentTypeError(f'expected a number, got {s!r}')
-        if not v >= low: raise argparse.ArgumentTypeError(f'must be at least {low}, got {s}')
+        except ValueError: raise argparse.ArgumentTypeError(f'expected a number, got {s!r} [help: argument]')
+        if not v >= low: raise argparse.ArgumentTypeError(f'must be at least {low}, got {s} [help: argument]')
         return v
     return parse
 
@@ -266,9 +266,9 @@ def _check_compare(p, a):
     "End with a message where options are missing or do not go together"
     if not a.show:
         lacks = [f'--{k}' for k in ('data', 'pair', 'out') if not getattr(a, k) and not (k == 'pair' and a.table)]
-        if lacks: p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER)")
+        if lacks: p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER) [help: argument]")
     if a.table and (a.pair or a.recipe or a.reference):
-        p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out')
+        p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out [help: argument]')
 
 def _compared(a):
     "The comparisons that were asked for"
@@ -302,7 +302,8 @@ def _show_result(a, result):
     "Print a comparison, and draw it where it was just made"
     if not result.manifests:
         if a.minutes is not None and not result.failed: return
-        raise InputError(f'{result.folder} holds no finished run{"; see the messages above" if result.failed else ""}.')
+        raise InputError(f'{result.folder} holds no finished run{"; see the messages above" if result.failed else ""}. '
+                         '[help: run-folder]')
     ref = a.reference or result.grid['reference']
     print('\n' + result.markdown(ref))
     print('\n'.join(result.verdicts(ref)))

@@ -123,14 +123,16 @@ def compare(
 def _check_call(data, executor, minutes):
     "What cannot be a comparison"
     if world_size() > 1: raise InputError("a comparison starts processes of its own: call it without torchrun. "
-                                          "One run in several processes is what run() and the command train do.")
+                                          "One run in several processes is what run() and the command train do. "
+                                          "[help: processes]")
     if minutes is not None and executor == 'ray':
         raise InputError("minutes works with executor='process', 'here' or 'streams': a cluster's workers are not stopped "
-                         "half-way.")
-    if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
+                         "half-way. [help: comparison]")
+    if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}. "
+                                                   "[help: comparison]")
     if isinstance(data, str): return
     raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, "
-                     f"got {type(data).__name__}.")
+                     f"got {type(data).__name__}. [help: argument]")
 
 # %% ../nbs/27_comparison.ipynb #1b99c35a
 def _runs(cells, recipe, data, out, threads, keep, options):
@@ -168,7 +170,8 @@ class Comparison:
     ):
         self.folder,self.failed = Path(folder),{}
         if not self.folder.is_dir():
-            raise InputError(f"{self.folder} is not a folder: expected a comparison made by compare().")
+            raise InputError(f"{self.folder} is not a folder: expected a comparison made by compare(). "
+                             "[help: run-folder]")
         stored = sorted(self.folder.rglob('manifest.json'))
         self.manifests = {f.parent.relative_to(self.folder).as_posix(): json.loads(f.read_text()) for f in stored}
         read = lambda f, default: json.loads(f.read_text()) if f.is_file() else default

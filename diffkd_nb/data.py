@@ -57,11 +57,12 @@ def _binary_rows(files, kind):
     for f in files:
         if not f.stat().st_size or f.stat().st_size % c['row']:
             raise InputError(f"{f} has {f.stat().st_size} bytes, which is no multiple of {c['row']} "
-                             f"({c['label']+1} label bytes and 3072 pixels): is it the binary version of {kind}?")
+                             f"({c['label']+1} label bytes and 3072 pixels): is it the binary version of {kind}? "
+                             "[help: unreadable-file]")
     rows = torch.from_numpy(np.concatenate([np.fromfile(f, np.uint8) for f in files]).reshape(-1, c['row']))
     if (top := rows[:, c['label']].max()) >= c['n']:
         raise InputError(f"{files[0]} has a label of {top}, expected 0 to {c['n']-1}: "
-                         f"is it the binary version of {kind}?")
+                         f"is it the binary version of {kind}? [help: unreadable-file]")
     return rows
 
 # %% ../nbs/11c_data.ipynb #630f76bc
@@ -72,7 +73,7 @@ def _cifar_binary(folder, kind):
         files = sorted(folder.glob(pattern))
         if not files:
             raise InputError(f"{folder/pattern} is missing: the binary layout of {kind} is {c['train']} "
-                             f"and {c['test']} in one folder.")
+                             f"and {c['test']} in one folder. [help: data-folder]")
         rows = _binary_rows(files, kind)
         found += [rows[:, c['label']+1:].reshape(-1, 3, 32, 32), rows[:, c['label']].long()]
     names = folder/c['names']
@@ -87,10 +88,10 @@ def _cifar_python(folder, kind, download):
         try: d = cls(root, train=train, download=download)
         except RuntimeError as e:
             raise InputError(f"{root/cls.base_folder} is not complete: {e} Download it again, "
-                             "or pass download=True.") from None
+                             "or pass download=True. [help: data-folder]") from None
         except OSError as e:
             raise InputError(f"{kind} cannot be downloaded to {root}: {e}. Get {cls.filename} from {cls.url} "
-                             "and unpack it there.") from None
+                             "and unpack it there. [help: data-folder]") from None
         found += [torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)]
     return found, d.classes
 
@@ -101,7 +102,7 @@ def _cifar_folders(folder, kind):
     found, names = read_splits(splits, None), [*splits[0]]
     if found[0].shape[1:] != (3, 32, 32) or len(names) != n:
         raise InputError(f"{folder} has {len(names)} classes of images of {tuple(found[0].shape[2:])}, "
-                         f"expected {n} of (32, 32) for {kind}.")
+                         f"expected {n} of (32, 32) for {kind}. [help: data-folder]")
     return found, names
 
 # %% ../nbs/11c_data.ipynb #eaa5e201
@@ -128,11 +129,12 @@ def cifar_data(
     holdout:int|None=None # Validate on the last images of each training class, so many, and not on the test images
 ) -> ImageArrays:
     "CIFAR-10 or CIFAR-100 (fine labels) in any of its layouts; `InputError` for what is none of them"
-    if kind not in _CIFAR: raise InputError(f"kind must be 'cifar10' or 'cifar100', got {kind!r}.")
+    if kind not in _CIFAR: raise InputError(f"kind must be 'cifar10' or 'cifar100', got {kind!r}. [help: argument]")
     folder, n = Path(folder), _CIFAR[kind]['n']
     found, names = _read_cifar(folder, kind, download)
     x, y, xv, yv = _selected(found, limit, holdout)
-    if y.unique().numel() < 2: raise InputError(f"{folder} has images of one class only: at least two are needed.")
+    if y.unique().numel() < 2: raise InputError(f"{folder} has images of one class only: at least two are needed. "
+                                                "[help: too-little-data]")
     names = [*names, *map(str, range(len(names), n))][:n]
     few, held = f', {limit} a class' if limit else '', f', {holdout} a class held out' if holdout else ''
     return ImageArrays(x, y, xv, yv, names, f'{kind}{few}{held} ({len(x):,} for training)',
@@ -147,7 +149,7 @@ def _read_cifar(folder, kind, download):
     if (folder/'train').is_dir(): return _cifar_folders(folder, kind)
     if download or pickles: return _cifar_python(folder, kind, download)
     raise InputError(f"{folder} holds no {kind}: expected {c['train']} and {c['test']}, or {c['cls'].base_folder}/, "
-                     "or train/ and test/ with class folders. download=True fetches it.")
+                     "or train/ and test/ with class folders. download=True fetches it. [help: data-folder]")
 
 # %% ../nbs/11c_data.ipynb #41b8b467
 def _value(name, text):
@@ -164,7 +166,7 @@ def _options(spec, query):
         opts[name] = _value(name, text)
         if opts[name] is None:
             raise InputError(f"{spec}: expected limit=N, size=N or holdout=N with a positive whole number, share=X up to 1, "
-                             f"or corrupt=skip after the question mark, got {item!r}.")
+                             f"or corrupt=skip after the question mark, got {item!r}. [help: data-options]")
     return opts
 
 # %% ../nbs/11c_data.ipynb #843925a7
@@ -172,7 +174,7 @@ def _guess(folder, spec):
     "Which layout a bare folder has"
     if not folder.is_dir():
         raise InputError(f"{str(spec)!r} is not a folder: expected digits, cifar10:FOLDER, cifar100:FOLDER, "
-                         "folder:FOLDER or a folder with one of these in it.")
+                         "folder:FOLDER or a folder with one of these in it. [help: data-folder]")
     for kind,c in _CIFAR.items():
         base = c['cls'].base_folder
         if any(folder.glob(c['train'])) or (folder/base).is_dir() or folder.name == base: return kind
@@ -202,24 +204,27 @@ def open_data(
     data = digits_data(size=opts.get('size')) if text == 'digits' else _open_folder(spec, text, opts, download)
     if share is None: return data
     if isinstance(data, ImageArrays): return share_data(data, share)
-    raise InputError(f"{spec}: share={share} is for images in memory: use arrays:FOLDER, or limit=N.")
+    raise InputError(f"{spec}: share={share} is for images in memory: use arrays:FOLDER, or limit=N. "
+                     "[help: data-options]")
 
 def _open_folder(spec, text, opts, download):
     kind, _, path = text.partition(':')
     if kind == text or kind not in ('folder', 'arrays', *_CIFAR): kind, path = _guess(Path(text), spec), text
     if not Path(path).is_dir() and not (download and kind in _CIFAR):
         holds = f'the files of {kind}' if kind in _CIFAR else 'train/ and val/ with class folders'
-        raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {holds} in it.")
+        raise InputError(f"{path!r} is not a folder (from {spec!r}): expected {holds} in it. [help: data-folder]")
     return _open_kind(kind, Path(path), opts, download, spec)
 
 # %% ../nbs/11c_data.ipynb #1b989ef2
 def _open_kind(kind, folder, opts, download, spec):
     for name,kinds in dict(holdout=[*_CIFAR], corrupt=['arrays']).items():
         if name in opts and kind not in kinds:
-            raise InputError(f"{spec}: {name} is for {' and '.join(f'{k}:FOLDER' for k in kinds)}.")
+            raise InputError(f"{spec}: {name} is for {' and '.join(f'{k}:FOLDER' for k in kinds)}. "
+                             "[help: data-options]")
     if kind not in _CIFAR: return (ImageFolder if kind == 'folder' else folder_arrays)(folder, **opts)
     if (size := opts.pop('size', 32)) != 32:
-        raise InputError(f"{spec}: images of {kind} are 32 pixels wide, size={size} does not go with it.")
+        raise InputError(f"{spec}: images of {kind} are 32 pixels wide, size={size} does not go with it. "
+                         "[help: data-options]")
     return cifar_data(kind, folder, download=download, **opts)
 
 # %% ../nbs/11c_data.ipynb #bfe09714

@@ -32,7 +32,7 @@ __all__ = ['parser', 'demo_data', 'open_folder', 'demo_recipe', 'teacher_options
 # %% ../nbs/31_demo.ipynb #0865c5ab
 def _share(s):
     v = at_least(1e-6, float)(s)
-    if v > 1: raise argparse.ArgumentTypeError(f'must be a share of at most 1, got {s}')
+    if v > 1: raise argparse.ArgumentTypeError(f'must be a share of at most 1, got {s} [help: argument]')
     return v
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def demo_data(
     elif not folder.is_dir() or not any(folder.iterdir()):
         wrong = 'is empty' if folder.is_dir() else 'is not a folder'
         raise InputError(f"--data {folder} {wrong}: expected class folders of images, train/ and val/ of such, or "
-                         "CIFAR-100's train.bin and test.bin.")
+                         "CIFAR-100's train.bin and test.bin. [help: data-folder]")
     elif any((folder/f).exists() for f in ('train.bin', 'test.bin')):
         spec = data_spec('cifar100', folder, size=a.size, limit=a.limit)
     else: spec = data_spec('arrays', folder, size=a.size, limit=a.limit, corrupt=a.corrupt)
@@ -108,7 +108,8 @@ def open_folder(
         if other: raise InputError(f"{a.out} holds runs of other settings ({'; '.join(other[:3])}): "
                                    "name another folder with --out, or delete it. [help: other-settings]")
     elif a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
-        raise InputError(f"{a.out} exists and holds something else: name another folder with --out.")
+        raise InputError(f"{a.out} exists and holds something else: name another folder with --out. "
+                         "[help: other-settings]")
     else: write_whole(f, json.dumps(settings, indent=1))
 
 # %% ../nbs/31_demo.ipynb #ef0b246b

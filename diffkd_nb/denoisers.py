@@ -50,7 +50,8 @@ class UNetDenoiser(nn.Module):
     ):
         super().__init__()
         w = max(8, round(channels*3/16/8)*8) if width is None else width
-        if w < 8 or w % 8: raise ValueError(f"the width of the U-Net must be a multiple of 8, got {width}.")
+        if w < 8 or w % 8: raise ValueError(f"the width of the U-Net must be a multiple of 8, got {width}. "
+                                            "[help: method-options]")
         widths, e = [w, 2*w, 4*w, 8*w], 4*w
         self.time = nn.Sequential(nn.Embedding(1280, e), nn.Linear(e, e), nn.SiLU())
         self.begin, self.middle = nn.Conv2d(channels, w, 3, padding=1), TimedBlock(8*w, 8*w, e)
@@ -113,7 +114,7 @@ class MLPDenoiser(nn.Module):
     ):
         super().__init__()
         w = max(8, channels//2) if width is None else width
-        if w < 1: raise ValueError(f"the width of the MLP must be at least 1, got {width}.")
+        if w < 1: raise ValueError(f"the width of the MLP must be at least 1, got {width}. [help: method-options]")
         self.time = nn.Sequential(nn.Embedding(1280, w), nn.Linear(w, w), nn.SiLU())
         self.begin, self.end = nn.Linear(channels, w), nn.Linear(w, channels)
         self.blocks, self.words = nn.ModuleList(PositionBlock(w) for _ in range(2)), AtWords()
@@ -159,7 +160,8 @@ class TransformerDenoiser(MLPDenoiser):
         width:int|None=None # Channels inside, a multiple of 16; half of L by default
     ):
         w = max(16, round(channels/2/16)*16) if width is None else width
-        if w < 16 or w % 16: raise ValueError(f"the width of the transformer must be a multiple of 16, got {width}.")
+        if w < 16 or w % 16: raise ValueError(f"the width of the transformer must be a multiple of 16, got {width}. "
+                                              "[help: method-options]")
         super().__init__(channels, width=w)
         layer = dict(nhead=4, dim_feedforward=2*w, dropout=0., activation='gelu', batch_first=True, norm_first=True)
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(w, **layer) for _ in range(2))
@@ -196,9 +198,9 @@ def make_denoiser(
     if isinstance(denoiser, str):
         if denoiser in DENOISERS: return DENOISERS[denoiser](channels, form, least)
         raise ValueError(f"denoiser must be one of 'identity', {', '.join(map(repr, DENOISERS))}, a module or a function of the width, "
-                         f"got {denoiser!r}.")
+                         f"got {denoiser!r}. [help: method-options]")
     net = deepcopy(denoiser) if isinstance(denoiser, nn.Module) else denoiser(channels) if callable(denoiser) else None
     if not isinstance(net, nn.Module):
         raise TypeError("denoiser must be a name, a module or a function of the width that gives one, got "
-                        f"{type(denoiser if net is None else net).__name__}.")
+                        f"{type(denoiser if net is None else net).__name__}. [help: method-options]")
     return net if all(hasattr(net, k) for k in ('embed', 'predict')) else OwnDenoiser(net)

@@ -35,7 +35,7 @@ def check_positions(
     for t,good in zip(plan, several):
         if good or t.name.startswith('fpn.') and any(several): continue     # the last level of a pyramid counts 0
         raise ValueError(f"{method} compares positions of maps, and tap {t.name!r} has a single one in common: tap a map before "
-                         "the pooling, or use 'kd' or 'fitnet'.")
+                         "the pooling, or use 'kd' or 'fitnet'. [help: taps]")
 
 def connectors(
     plan:Sequence[Tap] # From `plan_taps`
@@ -82,7 +82,7 @@ def pixel_classes(
     if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() not in (1, 3) or len(y) != len(like):
         got = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{method} needs one class index per sample, an integer tensor of shape ({len(like)},), or per pixel, "
-                         f"({len(like)}, H, W), got {got}.")
+                         f"({len(like)}, H, W), got {got}. [help: mixed-targets]")
     y = y.long() if y.dim() == 3 else y.long()[:, None, None].expand(-1, *like.shape[2:])
     return y.where((y >= 0) & (y < classes), -1)
 
@@ -119,7 +119,8 @@ class Memory(nn.Module):
         width:int # Their length
     ):
         super().__init__()
-        if not isinstance(size, int) or size < 16: raise ValueError(f"a memory must hold at least 16 vectors a class, got {size!r}.")
+        if not isinstance(size, int) or size < 16: raise ValueError(f"a memory must hold at least 16 vectors a class, got {size!r}. "
+                                                                    "[help: method-options]")
         self.register_buffer('vectors', F.normalize(torch.randn(classes, size, width), dim=2))
         self.register_buffer('place', torch.zeros(classes, dtype=torch.long))
 
@@ -280,7 +281,8 @@ class MasKD(Distiller):
         weight:float=1. # Factor on both losses
     ):
         super().__init__(plan, weight)
-        if not isinstance(tokens, int) or tokens < 2: raise ValueError(f"tokens must be an integer >= 2, got {tokens!r}.")
+        if not isinstance(tokens, int) or tokens < 2: raise ValueError(f"tokens must be an integer >= 2, got {tokens!r}. "
+                                                                       "[help: method-options]")
         logits, feature = (next((t for t in plan if t.kind == k), None) for k in ('logits', 'feature'))
         self.at = plan.index(feature or logits)
         check_positions('MasKD', [plan[self.at]])

@@ -137,7 +137,8 @@ def new_precision():
         from torchmetrics.detection import MeanAveragePrecision
         return MeanAveragePrecision(backend='faster_coco_eval', class_metrics=True, **_THRESHOLDS)
     except (ImportError, ModuleNotFoundError):
-        raise InputError("average precision needs torchmetrics and faster_coco_eval: pip install 'diffkd_nb[dense]'.") from None
+        raise InputError("average precision needs torchmetrics and faster_coco_eval: pip install 'diffkd_nb[dense]'. "
+                         "[help: optional-extra]") from None
 
 _FIGURES = dict(map='map', map50='map_50', map75='map_75', map_small='map_small', map_medium='map_medium', map_large='map_large')
 
@@ -239,11 +240,12 @@ class Detection(Task):
     def callbacks(self): return [DetectionCallback()]
 
     def loss(self, recipe):
-        if recipe.label_smoothing: raise InputError("a detector has losses of its own: label_smoothing must be 0.")
+        if recipe.label_smoothing: raise InputError("a detector has losses of its own: label_smoothing must be 0. "
+                                                    "[help: recipe]")
         return DetectionLoss()
 
     def model(self, name, data, drop_path=0.):
-        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}.")
+        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}. [help: recipe]")
         return detection_model(name, data.outputs)
 
 # %% ../nbs/16c_detection.ipynb #f3bd2529
@@ -251,7 +253,7 @@ class Detection(Task):
 def teacher(self:Detection, spec, data, weights=None):
     "`'name@FILE'`"
     name, _, f = spec.rpartition('@')
-    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}.")
+    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
     with same_rng(): return load_weights(self.model(name, data), f)
 
 @patch

@@ -67,11 +67,13 @@ def check_boxes(
         (h, w), x = p.size, p.boxes.copy()
         far = (x[:, 2:] > np.array([w, h]) + 1).any(1) | (x[:, :2] < -1).any(1) if len(x) else np.zeros(0, bool)
         if far.any() and outside == 'stop':
-            raise InputError(f"{_said_box(p, int(far.argmax()))} leaves the picture of {w} x {h}: mend the file, or pass outside=clip.")
+            raise InputError(f"{_said_box(p, int(far.argmax()))} leaves the picture of {w} x {h}: mend the file, or pass outside=clip. "
+                             "[help: boxes]")
         x[:, 0::2], x[:, 1::2] = x[:, 0::2].clip(0, w), x[:, 1::2].clip(0, h)
         flat = ~np.isfinite(x).all(1) | (x[:, 2:] - x[:, :2] <= 0).any(1)
         if flat.any() and empty == 'stop':
-            raise InputError(f"{_said_box(p, int(flat.argmax()))} has no area: mend the file, or pass empty=drop.")
+            raise InputError(f"{_said_box(p, int(flat.argmax()))} has no area: mend the file, or pass empty=drop. "
+                             "[help: boxes]")
         keep, n = ~flat, [n[0] + int(flat.sum()), n[1] + int(far.sum())]
         done.append(p._replace(boxes=x[keep], labels=p.labels[keep], crowd=p.crowd[keep]))
     return done, tuple(n)
@@ -82,22 +84,26 @@ def _coco_api(f):
     try: from pycocotools.coco import COCO
     except ImportError:
         try: from faster_coco_eval import COCO
-        except ImportError: raise InputError("boxes in COCO's layout need pycocotools: pip install 'diffkd_nb[dense]'.") from None
+        except ImportError: raise InputError("boxes in COCO's layout need pycocotools: pip install 'diffkd_nb[dense]'. "
+                                             "[help: optional-extra]") from None
     try:
         with contextlib.redirect_stdout(io.StringIO()): api = COCO(str(f))
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        raise InputError(f"{f} cannot be read as COCO's JSON: {e}.") from None
+        raise InputError(f"{f} cannot be read as COCO's JSON: {e}. [help: boxes]") from None
     if api.dataset.get('images') and api.dataset.get('categories'): return api
-    raise InputError(f"{f} is no COCO file: expected the lists 'images', 'annotations' and 'categories' in it.")
+    raise InputError(f"{f} is no COCO file: expected the lists 'images', 'annotations' and 'categories' in it. "
+                     "[help: boxes]")
 
 def _coco_row(f, a, label, names):
     "One annotation as a row"
     if a.get('category_id') not in label:
         raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'), 'no picture')} has the category "
-                         f"{a.get('category_id')}, and the file lists {', '.join(map(str, sorted(label)))}.")
+                         f"{a.get('category_id')}, and the file lists {', '.join(map(str, sorted(label)))}. "
+                         "[help: boxes]")
     try: l, t, w, h = map(float, a['bbox'])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'))} has no bbox of four numbers.") from None
+        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'))} has no bbox of four numbers. "
+                         "[help: boxes]") from None
     return l, t, l + w, t + h, label[a['category_id']], int(a.get('iscrowd', 0))
 
 # %% ../nbs/16_detection_data.ipynb #64c5d7b9
@@ -115,7 +121,8 @@ def read_coco(
     rows = {i: [] for i in names}
     for a in api.dataset.get('annotations', ()):
         if a.get('image_id') not in rows:
-            raise InputError(f"{f}: annotation {a.get('id')} is of picture {a.get('image_id')}, which the file does not list.")
+            raise InputError(f"{f}: annotation {a.get('id')} is of picture {a.get('image_id')}, which the file does not list. "
+                             "[help: boxes]")
         rows[a['image_id']].append(_coco_row(f, a, label, names))
     found = [picture(images/i['file_name'], (i['height'], i['width']), rows[i['id']], i['id']) for i in api.dataset['images']]
     return found, [named.get(k) for k in range(1, max(named) + 1)]
@@ -126,7 +133,8 @@ def _voc_xml(f):
     from xml.etree.ElementTree import ParseError, parse
     from torchvision.datasets import VOCDetection
     try: return VOCDetection.parse_voc_xml(parse(f).getroot())['annotation']
-    except (OSError, ParseError, KeyError) as e: raise InputError(f"{f} cannot be read as an annotation of Pascal VOC: {e}.") from None
+    except (OSError, ParseError, KeyError) as e: raise InputError(f"{f} cannot be read as an annotation of Pascal VOC: {e}. "
+                                                                  "[help: boxes]") from None
 
 def _voc_objects(f, a):
     "(left, top, right, bottom), name and difficulty of each object"
@@ -134,7 +142,8 @@ def _voc_objects(f, a):
     for o in objects if isinstance(objects, list) else [objects]:
         try: yield [float(o['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax')], o['name'], int(o.get('difficult', 0) or 0)
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{f} has an object without name or bndbox (xmin, ymin, xmax, ymax).") from None
+            raise InputError(f"{f} has an object without name or bndbox (xmin, ymin, xmax, ymax). "
+                             "[help: boxes]") from None
 
 def read_voc(
     files:Sequence, # XML files
@@ -146,7 +155,8 @@ def read_voc(
     for n,(f,image) in enumerate(zip(files, images)):
         a, rows = _voc_xml(f), []
         for box,name,hard in _voc_objects(f, a):
-            if name not in label: raise InputError(f"{f} has an object of class {name!r}, expected one of {', '.join(classes)}.")
+            if name not in label: raise InputError(f"{f} has an object of class {name!r}, expected one of {', '.join(classes)}. "
+                                                   "[help: boxes]")
             rows.append((*box, label[name], hard))
         try: size = int(a['size']['height']), int(a['size']['width'])
         except (KeyError, TypeError, ValueError): size = _size_of(image)
@@ -156,7 +166,8 @@ def read_voc(
 def _size_of(f):
     try:
         with Image.open(f) as im: return im.height, im.width
-    except UNREADABLE as e: raise InputError(f"picture {f} cannot be read: {e}. Remove or repair it.") from None
+    except UNREADABLE as e: raise InputError(f"picture {f} cannot be read: {e}. Remove or repair it. "
+                                             "[help: unreadable-file]") from None
 
 # %% ../nbs/16_detection_data.ipynb #2ca5c6fe
 _AUGMENT = { # Name to a transform of pictures with boxes
@@ -169,7 +180,8 @@ class BoxTransform:
         augmentation:Sequence=() # `'flip'`, `'vflip'`, `'crop'`, `'zoom'`, `'color'`
     ):
         if wrong := [a for a in augmentation if a not in _AUGMENT]:
-            raise InputError(f"augmentation {wrong[0]!r} is not one for pictures with boxes: expected {', '.join(map(repr, _AUGMENT))}.")
+            raise InputError(f"augmentation {wrong[0]!r} is not one for pictures with boxes: expected {', '.join(map(repr, _AUGMENT))}. "
+                             "[help: recipe]")
         self.steps = [_AUGMENT[a]() for a in augmentation]
 
     def __call__(self,
@@ -217,9 +229,11 @@ def read(self:BoxDataset, i) -> Tensor: # (3, H, W), uint8
     if self.kept is not None and i in self.kept: return self.kept[i]
     p = self.pictures[i]
     try: x = read_pixels(p.file)
-    except UNREADABLE as e: raise UnreadableImage(f"picture {p.file} cannot be read: {e}. Remove or repair it.") from None
+    except UNREADABLE as e: raise UnreadableImage(f"picture {p.file} cannot be read: {e}. Remove or repair it. "
+                                                  "[help: unreadable-file]") from None
     if p.size and tuple(x.shape[1:]) != p.size:
-        raise UnreadableImage(f"picture {p.file} is {x.shape[2]} x {x.shape[1]}, and its boxes were drawn on {p.size[1]} x {p.size[0]}.")
+        raise UnreadableImage(f"picture {p.file} is {x.shape[2]} x {x.shape[1]}, and its boxes were drawn on {p.size[1]} x {p.size[0]}. "
+                              "[help: boxes]")
     if self.kept is not None: self.kept[i] = x
     return x
 
@@ -240,12 +254,14 @@ class _Given(BoxDataset):
         x = self.pictures[i]
         if isinstance(x, (str, Path)):
             try: return read_pixels(Path(x))
-            except UNREADABLE as e: raise UnreadableImage(f"picture {x} cannot be read: {e}.") from None
+            except UNREADABLE as e: raise UnreadableImage(f"picture {x} cannot be read: {e}. "
+                                                          "[help: unreadable-file]") from None
         if isinstance(x, Image.Image): x = np.array(as_rgb(x))
         x = torch.as_tensor(x)
         x = x.movedim(-1, 0) if x.dim() == 3 and x.shape[0] not in (1, 3) and x.shape[-1] in (1, 3) else x
         if x.dim() != 3 or x.shape[0] not in (1, 3):
-            raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}.")
+            raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}. "
+                             "[help: argument]")
         return x.expand(3, -1, -1) if x.dtype == torch.uint8 else (255*x).round().clamp(0, 255).to(torch.uint8)
 
     def __getitem__(self, i): return self.read(i), make_target(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.long), i), i
@@ -357,15 +373,18 @@ class DetectionData(Data):
 def _check(self:DetectionData):
     "Refuse what does not belong together"
     for found,what in zip(self.pictures, ('training', 'validation')):
-        if not found: raise InputError(f"{self.name} has no {what} pictures in {self.folder}.")
+        if not found: raise InputError(f"{self.name} has no {what} pictures in {self.folder}. [help: too-little-data]")
         if lacks := [p.file for p in found if not p.file.is_file()]:
             more = f' (and {len(lacks) - 1} more)' if len(lacks) > 1 else ''
-            raise InputError(f"picture {lacks[0]} is missing{more}: the files of {self.name} name it.")
+            raise InputError(f"picture {lacks[0]} is missing{more}: the files of {self.name} name it. "
+                             "[help: data-folder]")
         for p in found:
             if len(p.labels) and (p.labels.min() < 1 or p.labels.max() > len(self.classes)):
                 n = len(self.classes)
-                raise InputError(f"{p.file.name} has the label {p.labels.max()}, and the {n} classes have 1 to {n}.")
-    if not any((p.crowd == 0).any() for p in self.pictures[0]): raise InputError(f"{self.name} has no boxes to learn from.")
+                raise InputError(f"{p.file.name} has the label {p.labels.max()}, and the {n} classes have 1 to {n}. "
+                                 "[help: boxes]")
+    if not any((p.crowd == 0).any() for p in self.pictures[0]): raise InputError(f"{self.name} has no boxes to learn from. "
+                                                                                 "[help: too-little-data]")
 
 # %% ../nbs/16_detection_data.ipynb #f6e1c76c
 _KEEP = 2**29 # Bytes of pictures that are kept in memory at most
@@ -418,18 +437,20 @@ def _open_coco(folder, train, valid, numbers):
     for s in splits:
         if (at := _coco_split(folder, s)) is None:
             raise InputError(f"{folder} has no instances_{s}*.json (in annotations/ or beside it): expected COCO's layout, "
-                             "or name the split (train=..., valid=...).")
+                             "or name the split (train=..., valid=...). [help: data-folder]")
         found.append((at[0], *read_coco(*at, numbers == 'keep')))
     (_, a, classes), (f, b, other) = found
     said = lambda names: ', '.join(map(str, names))
-    if classes != other: raise InputError(f"{f} lists the categories {said(other)}, and training has {said(classes)}.")
+    if classes != other: raise InputError(f"{f} lists the categories {said(other)}, and training has {said(classes)}. "
+                                          "[help: boxes]")
     return (a, b), classes
 
 # %% ../nbs/16_detection_data.ipynb #68f7bb19
 def _voc_names(folder, split):
     f = next((folder/d/f'{split}.txt' for d in ('ImageSets/Main', 'ImageSets', '.') if (folder/d/f'{split}.txt').is_file()), None)
     if f is None:
-        raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split (train=, valid=).")
+        raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split (train=, valid=). "
+                         "[help: data-folder]")
     return [l.split()[0] for l in f.read_text().splitlines() if l.split()]
 
 def _open_voc(folder, train, valid, numbers):
@@ -441,7 +462,8 @@ def _open_voc(folder, train, valid, numbers):
     for s in (train or 'train', valid or 'val'):
         names = _voc_names(root, s)
         xml = [root/'Annotations'/f'{n}.xml' for n in names]
-        if lacks := [f for f in xml if not f.is_file()]: raise InputError(f"{lacks[0]} is missing: the split {s!r} names it.")
+        if lacks := [f for f in xml if not f.is_file()]: raise InputError(f"{lacks[0]} is missing: the split {s!r} names it. "
+                                                                          "[help: data-folder]")
         splits.append((xml, [by_name.get(n, pictures/f'{n}.jpg') for n in names]))
     f = root/'classes.txt'
     seen = lambda: sorted({n for xml,_ in splits for x in xml for _,n,_ in _voc_objects(x, _voc_xml(x))})
@@ -459,10 +481,13 @@ def open_detection(
     path, _, query = rest.partition('?')
     asked, folder = named_options(f'{spec}: {kind}', query, ('train', 'valid', 'limit', 'numbers', *_FIXES)), Path(path)
     for k,known in {**_FIXES, 'numbers': ('map', 'keep')}.items():
-        if asked.get(k, known[0]) not in known: raise InputError(f"{spec}: {k} must be {' or '.join(known)}, got {asked[k]!r}.")
+        if asked.get(k, known[0]) not in known: raise InputError(f"{spec}: {k} must be {' or '.join(known)}, got {asked[k]!r}. "
+                                                                 "[help: data-options]")
     limit = asked.get('limit', '0')
-    if not limit.isdigit(): raise InputError(f"{spec}: limit must be a whole number, got {limit!r}.")
-    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and boxes in it.")
+    if not limit.isdigit(): raise InputError(f"{spec}: limit must be a whole number, got {limit!r}. "
+                                             "[help: data-options]")
+    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and boxes in it. "
+                                             "[help: data-folder]")
     splits, classes = _LAYOUTS[kind](folder, asked.get('train'), asked.get('valid'), asked.get('numbers'))
     splits = tuple(_fit(s, asked, what) for s,what in zip(splits, ('training', 'validation')))
     if int(limit):

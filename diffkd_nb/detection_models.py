@@ -68,7 +68,8 @@ def _detector(family, backbone, outputs, asked, norm_heads=False):
     size, made = _sizes(asked), anchors(family, strides(backbone), asked.get('anchor', 32))
     if family == 'fcos':
         n = backbone.out_channels
-        if n % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {n}.")
+        if n % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {n}. "
+                                    "[help: model-name]")
         return _tv.FCOS(backbone, outputs, anchor_generator=made, **size)
     if family == 'fasterrcnn': return _tv.FasterRCNN(backbone, outputs, rpn_anchor_generator=made, **_pooled(backbone), **size)
     groups = partial(nn.GroupNorm, max(1, backbone.out_channels//4)) if norm_heads else None
@@ -92,7 +93,7 @@ def _norm(asked):
     "The layer that normalises, as torchvision chooses it"
     kind = asked.get('norm', 'frozen' if 'weights' in asked else 'batch')
     if kind in ('frozen', 'batch'): return misc.FrozenBatchNorm2d if kind == 'frozen' else nn.BatchNorm2d
-    raise InputError(f"norm must be frozen or batch, got {kind!r}.")
+    raise InputError(f"norm must be frozen or batch, got {kind!r}. [help: model-name]")
 
 def _tv_backbone(family, body, asked):
     "A pyramid on a network of torchvision"
@@ -123,14 +124,15 @@ def _torchvision(name, rest, asked, outputs):
     if family in _FAMILIES and rest.endswith('_fpn') and body in (*bodies, 'mobilenet_v2', 'mobilenet_v3_large'):
         return _detector(family, _tv_backbone(family, body, asked), outputs, asked)
     raise InputError(f"there is no detector named {name!r}: expected torchvision:FAMILY_BACKBONE_fpn, where FAMILY is "
-                     f"{', '.join(_FAMILIES)} and BACKBONE a ResNet or mobilenet_v3_large, or one of {', '.join(own)}.")
+                     f"{', '.join(_FAMILIES)} and BACKBONE a ResNet or mobilenet_v3_large, or one of {', '.join(own)}. "
+                     "[help: model-name]")
 
 # %% ../nbs/16b_detection_models.ipynb #8c9a3817
 def _small(name, family, asked, outputs):
     "One of the families on an encoder"
     if family not in _FAMILIES or 'encoder' not in asked:
         raise InputError(f"there is no detector named {name!r}: expected detector:FAMILY?encoder=NAME, where FAMILY is "
-                         f"{', '.join(_FAMILIES)}.")
+                         f"{', '.join(_FAMILIES)}. [help: model-name]")
     width, rcnn = asked.get('width', 64), family == 'fasterrcnn'
     encoder = _encoder(asked['encoder'], asked.get('stride', 4 if rcnn else 8))
     if 'weights' in asked and _may_load(): load_encoder(encoder, asked['weights'])
@@ -158,10 +160,10 @@ def detection_model(
     makers = dict(torchvision=(_torchvision, _OPTIONS), detector=(_small, (*_OPTIONS, 'encoder', 'width', 'stride')))
     if kind not in makers:
         raise InputError(f"there is no detector named {name!r}: expected torchvision:FAMILY_BACKBONE_fpn or "
-                         f"detector:FAMILY?encoder=NAME, FAMILY being {', '.join(_FAMILIES)}.")
+                         f"detector:FAMILY?encoder=NAME, FAMILY being {', '.join(_FAMILIES)}. [help: model-name]")
     make, known = makers[kind]
     asked = {k: int(v) if v.isdigit() else v for k,v in named_options(f'model {name!r}', query, known).items()}
     for k in ('min_size', 'max_size', 'anchor', 'width', 'stride'):
         if k in asked and not (isinstance(asked[k], int) and asked[k]):
-            raise InputError(f"model {name!r}: {k} must be a whole number, got {asked[k]!r}.")
+            raise InputError(f"model {name!r}: {k} must be a whole number, got {asked[k]!r}. [help: model-name]")
     return make(name, rest, asked, outputs)

@@ -153,7 +153,7 @@ class DenoisingDiagnostics(Callback):
         seed:int=0 # Seed of its own random numbers
     ):
         if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a number of steps of 1 or more, got {every!r}.")
+            raise ValueError(f"every must be a number of steps of 1 or more, got {every!r}. [help: argument]")
         self.every,self.columns,self.seed = every,columns,seed
         self.rows,self.looks = [],[]
         self.shown,self.values = [],None
@@ -173,7 +173,8 @@ def _find(self:DenoisingDiagnostics):
     known = kd is not None and (face is None or face.title == 'DiffKDDistiller')
     if planned: known = isinstance(unwrap(kd.distiller), DiffKDDistiller)
     if not known:
-        raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner.")
+        raise ValueError("DenoisingDiagnostics looks into DiffKD: add a DiffKDCallback(teacher) to the Learner. "
+                         "[help: callback]")
     return kd
 
 # %% ../nbs/18_diagnostics.ipynb #bfefd185
@@ -239,13 +240,14 @@ class Diagnosis:
         if isinstance(rows, DenoisingDiagnostics): rows = rows.rows
         if isinstance(rows, (str, Path)): rows = _read_rows(Path(rows)/'diagnostics.json')
         if not rows:
-            raise InputError("no epoch was looked at: train with a DiffKDCallback and DenoisingDiagnostics first.")
+            raise InputError("no epoch was looked at: train with a DiffKDCallback and DenoisingDiagnostics first. "
+                             "[help: callback]")
         self.rows,self.taps = list(rows),list(dict.fromkeys(r['tap'] for r in rows))
 
 def _read_rows(f):
     if f.is_file(): return json.loads(f.read_text())
     raise InputError(f"{f} is missing: expected a run made with diagnostics "
-                     "(run(..., diagnostics=True), diffkd_train --diagnostics).")
+                     "(run(..., diagnostics=True), diffkd_train --diagnostics). [help: run-folder]")
 
 # %% ../nbs/18_diagnostics.ipynb #6b2e3b0f
 @patch
@@ -408,7 +410,8 @@ def plot(self:Diagnosis,
 ): # The axes
     "Gamma, distances, steps, diffusion loss by time, gradients and norms of one tap"
     tap = tap or self.taps[0]
-    if tap not in self.taps: raise InputError(f"no tap named {tap!r}: this training had {', '.join(self.taps)}.")
+    if tap not in self.taps: raise InputError(f"no tap named {tap!r}: this training had {', '.join(self.taps)}. "
+                                              "[help: taps]")
     if axs is None: axs = plt.subplots(2, 3, figsize=(9, 4.8), layout='constrained')[1]
     panels = _plot_gamma, _plot_likeness, _plot_steps, _plot_times, _plot_pulls, _plot_norms
     for draw,ax in zip(panels, np.ravel(axs)): draw(ax, self.of(tap))

@@ -113,14 +113,17 @@ _CHOICES = dict(kind=('feature', 'words', 'logits', 'dense'), dense_form=tuple(_
 def _check(**given):
     "`ValueError` for an option that is none of its choices"
     for k,v in given.items():
-        if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}.")
+        if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}. "
+                                                  "[help: method-options]")
 
 def _check_pairs(kind, distance, start, adapter):
     "`ValueError` for options that do not go together"
     if kind in ('logits', 'words') and distance == 'cwd':
-        raise ValueError(f"distance 'cwd' compares positions of maps, and {kind} have one each: use 'kl' or 'dist'.")
+        raise ValueError(f"distance 'cwd' compares positions of maps, and {kind} have one each: use 'kl' or 'dist'. "
+                         "[help: taps]")
     if start == 'gamma' and not adapter:
-        raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start.")
+        raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start. "
+                         "[help: method-options]")
 
 def _usual(kind, output):
     "Distance where nobody says"
@@ -130,7 +133,7 @@ def _usual(kind, output):
 def _least_widths(n):
     "Smallest inner widths of denoiser and adapter"
     if isinstance(n, int) and not isinstance(n, bool) and n >= 1: return n, max(n//2, 1)
-    raise ValueError(f"least_width must be an integer >= 1, got {n!r}.")
+    raise ValueError(f"least_width must be an integer >= 1, got {n!r}. [help: method-options]")
 
 # %% ../nbs/05_diffkd.ipynb #0048b6bb
 @patch
@@ -146,7 +149,8 @@ def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter
     self.denoiser = None if none else make_denoiser(denoiser, L, self.form, self.least[0])
     self.norms = own_norms(self.denoiser) if norms == 'separate' and self.denoiser is not None else None
     if self.norms is not None and not len(self.norms):
-        raise ValueError("norms='separate' needs a denoiser with BatchNorm layers: leave it out.")
+        raise ValueError("norms='separate' needs a denoiser with BatchNorm layers: leave it out. "
+                         "[help: method-options]")
     out = [nn.Conv2d(L, L, 1), norm(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
     self.project_out = nn.Sequential(*out)
     self.schedule = NoiseSchedule()
@@ -349,9 +353,10 @@ def _way(tap, student, teacher, draws, noise):
 def _check_pretrain(n, taps):
     "`ValueError` for a number of steps that is none, and where nothing could learn"
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"pretrain must be a number of steps, 0 or more, got {n!r}.")
+        raise ValueError(f"pretrain must be a number of steps, 0 or more, got {n!r}. [help: method-options]")
     if n and len(taps) and all(t.denoiser is None and t.autoencoder is None for t in taps):
-        raise ValueError(f"pretrain={n} teaches denoiser and autoencoder, and no tap has one: leave pretrain out.")
+        raise ValueError(f"pretrain={n} teaches denoiser and autoencoder, and no tap has one: leave pretrain out. "
+                         "[help: method-options]")
 
 # %% ../nbs/05_diffkd.ipynb #7bfc42a0
 class Levels(nn.ModuleList):
@@ -370,7 +375,8 @@ class Levels(nn.ModuleList):
 
 def _shared_levels(plan, levels):
     "For each tap the number of its module; `ValueError` for a choice that is none"
-    if levels not in ('own', 'shared'): raise ValueError(f"levels must be 'own' or 'shared', got {levels!r}.")
+    if levels not in ('own', 'shared'): raise ValueError(f"levels must be 'own' or 'shared', got {levels!r}. "
+                                                         "[help: method-options]")
     key = lambda t: (t.student.shape[0], t.teacher.shape[0]) if levels == 'shared' and t.name.startswith('fpn.') else t.name
     keys = list(dict.fromkeys(map(key, plan)))
     return [keys.index(key(t)) for t in plan]
@@ -421,10 +427,10 @@ class DiffKDDistiller(Distiller):
 def _check_options(self:DiffKDDistiller, distances, weights):
     for what,d in (('distances', distances), ('weights', weights)):
         wrong = sorted(set(d) - set(self.names))
-        if wrong: raise ValueError(f"{what} names {wrong}, but the taps are {self.names}.")
+        if wrong: raise ValueError(f"{what} names {wrong}, but the taps are {self.names}. [help: method-options]")
     for k,w in [*self.lambdas.items(), *weights.items()]:
         if not isinstance(w, (int, float)) or not 0 <= w < math.inf:
-            raise ValueError(f"the weight of {k!r} must be a finite number >= 0, got {w!r}.")
+            raise ValueError(f"the weight of {k!r} must be a finite number >= 0, got {w!r}. [help: method-options]")
 
 # %% ../nbs/05_diffkd.ipynb #1fad48bc
 @patch

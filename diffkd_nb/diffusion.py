@@ -107,7 +107,7 @@ def ddim_times(
 ) -> tuple[list[int],list[int]]: # Times t; times p that each step leads to (negative: fully denoised)
     "Times that the denoising visits, largest first; `ValueError` for steps or start out of range"
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 500:
-        raise ValueError(f"steps must be an integer from 1 to 500, got {steps!r}.")
+        raise ValueError(f"steps must be an integer from 1 to 500, got {steps!r}. [help: method-options]")
     if start == 'released':
         d = N_TIMES//(2*steps)
         times = [d*i for i in reversed(range(steps))]
@@ -115,7 +115,7 @@ def ddim_times(
     first = 500 if start == 'paper' else start
     if isinstance(first, bool) or not isinstance(first, int) or not steps <= first < N_TIMES:
         raise ValueError(f"start must be 'released', 'paper' or a time from {steps} (steps) to {N_TIMES-1}, "
-                         f"got {start!r}.")
+                         f"got {start!r}. [help: method-options]")
     times = [first*(steps-i)//steps for i in range(steps+1)]
     return times[:-1], times[1:]
 

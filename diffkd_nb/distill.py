@@ -40,11 +40,11 @@ def _check_learner(learn):
     "`InputError` for what is no Learner with data"
     if not isinstance(learn, Learner):
         raise InputError(f"distill takes a trained fastai Learner, got {type(learn).__name__}: put your model into "
-                         "one, Learner(dls, model, loss_func=...).")
+                         "one, Learner(dls, model, loss_func=...). [help: models]")
     loaders = getattr(learn.dls, 'loaders', ())
     if not len(loaders) or not len(loaders[0]):
         raise InputError("this Learner holds no training data, as an exported one does: give it its DataLoaders "
-                         "first, learn.dls = dls.")
+                         "first, learn.dls = dls. [help: too-little-data]")
 
 def _batch(learn, train=False):
     "Inputs and targets of one batch, on the device of the model"
@@ -89,20 +89,21 @@ def _check_picture(known, what):
     if len(known.xb) == 1 and isinstance(x, Tensor) and x.dim() == 4: return
     shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of(list(known.xb)))
     raise InputError(f"{what} makes a network for pictures, and this Learner's input is {shapes}: pass an nn.Module "
-                     "as the student.")
+                     "as the student. [help: models]")
 
 def _named(name, known, pretrained):
     "A network by its name, and how it is split into groups"
     _check_picture(known, f'the name {name!r}')
     if len(known.shape) != 1:
         raise InputError(f"the name {name!r} makes a network with one answer a picture, and this Learner's gives "
-                         f"maps of {known.shape}: pass an architecture such as resnet18, or an nn.Module.")
+                         f"maps of {known.shape}: pass an architecture such as resnet18, or an nn.Module. "
+                         "[help: models]")
     x = known.xb[0]
     if not pretrained: return make_model(name, known.shape[0], x.shape[1], x.shape[-1]), trainable_params
     library, own = library_of(name)
     if library not in ('timm', 'torchvision'):
         raise InputError(f"nobody publishes weights for {name!r}: leave out pretrained, or name a model of timm "
-                         "or torchvision.")
+                         "or torchvision. [help: weights]")
     if library == 'torchvision': return _architecture(torchvision.models.get_model_builder(own), known, True)
     return _fetched(name, lambda: create_timm_model(own, known.shape[0], n_in=x.shape[1])[0]), default_split
 
@@ -112,7 +113,7 @@ def _fetched(name, make):
     try: return make()
     except (OSError, RuntimeError) as e:
         raise InputError(f"the published weights of {name} cannot be had ({type(e).__name__}: {str(e)[:120]}): leave "
-                         "out pretrained, or put them where the library looks for them.") from None
+                         "out pretrained, or put them where the library looks for them. [help: weights]") from None
 
 def _takes_weights(f):
     "Whether a function is an architecture as `vision_learner` takes it"
@@ -140,14 +141,14 @@ def student_model(
         return _architecture(student, known, pretrained)
     if not isinstance(student, nn.Module) and not callable(student):
         raise InputError("student must be a name such as 'resnet18', an architecture, a function of the number of "
-                         f"outputs or an nn.Module, got {student!r}.")
+                         f"outputs or an nn.Module, got {student!r}. [help: models]")
     if pretrained:
         raise InputError("pretrained goes with a name or an architecture, and this student is made by you: load its "
-                         "weights into it, and leave out pretrained.")
+                         "weights into it, and leave out pretrained. [help: models]")
     model = student if isinstance(student, nn.Module) else student(known.shape[0])
     if isinstance(model, nn.Module): return model, trainable_params
     raise InputError(f"the function {getattr(student, '__name__', student)} returned {type(model).__name__}, expected "
-                     "an nn.Module.")
+                     "an nn.Module. [help: models]")
 
 # %% ../nbs/33_distill.ipynb #43cbded5
 _SAME = 'loss_func', 'opt_func', 'lr', 'path', 'model_dir', 'wd', 'wd_bn_bias', 'train_bn', 'moms' # Of both Learners
@@ -447,7 +448,7 @@ def _copy_of(module):
     try: return deepcopy(module)
     except RuntimeError as e:
         raise InputError(f"the student cannot be copied for several trainings ({str(e)[:60]}...): pass a function of the "
-                         "number of outputs that makes it.") from None
+                         "number of outputs that makes it. [help: models]") from None
 
 def _one(learn, asked, method, options, seed=None, quiet=False):
     "One student, trained"
@@ -494,19 +495,22 @@ def _check_call(learn, student, epochs, method, compare_with, seeds):
     "`InputError` before anything is trained"
     _check_learner(learn)
     if student is learn.model:
-        raise InputError("the student is the teacher's own model: pass another, or a smaller one by its name.")
+        raise InputError("the student is the teacher's own model: pass another, or a smaller one by its name. "
+                         "[help: same-model]")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise InputError(f"epochs must be a whole number of at least 1, got {epochs!r}.")
+        raise InputError(f"epochs must be a whole number of at least 1, got {epochs!r}. [help: argument]")
     if isinstance(seeds, int) and seeds < 1 or not isinstance(seeds, int) and not len(seeds):
-        raise InputError(f"seeds must be a number of at least 1 or a list of seeds, got {seeds!r}.")
+        raise InputError(f"seeds must be a number of at least 1 or a list of seeds, got {seeds!r}. [help: comparison]")
     if compare_with is None and (seeds if isinstance(seeds, int) else len(seeds)) > 1:
         raise InputError("several seeds are for a comparison: name what to compare with, compare_with=['alone'], or leave "
-                         "seeds out.")
+                         "seeds out. [help: comparison]")
     if compare_with is None: return
     if isinstance(compare_with, str) or not len(compare_with):
-        raise InputError(f"compare_with must be a list of methods such as ['alone', 'kd'], got {compare_with!r}.")
+        raise InputError(f"compare_with must be a list of methods such as ['alone', 'kd'], got {compare_with!r}. "
+                         "[help: comparison]")
     for m in compare_with:
-        if m == method: raise InputError(f"compare_with names {m!r}, which is the method itself: leave it out.")
+        if m == method: raise InputError(f"compare_with names {m!r}, which is the method itself: leave it out. "
+                                         "[help: comparison]")
         if m != 'alone': as_method(m, {})
 
 # %% ../nbs/33_distill.ipynb #abbc726a

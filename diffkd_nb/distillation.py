@@ -126,11 +126,11 @@ def as_method(
     if isinstance(method, str): method = Method.parse(method).check()
     if options:
         raise TypeError(f"unexpected arguments {', '.join(map(repr, options))}: "
-                        "options of the method go with its name, or into the distiller.")
+                        "options of the method go with its name, or into the distiller. [help: method-options]")
     if isinstance(method, (Method, CustomMethod)): return method
     if isinstance(method, nn.Module) or callable(method): return CustomMethod(method)
     raise TypeError("distiller must be an nn.Module, a function from a plan to one or the name of a method, "
-                    f"got {type(method).__name__}.")
+                    f"got {type(method).__name__}. [help: method-name]")
 
 # %% ../nbs/08_distillation.ipynb #01d7ed71
 class Face(NamedTuple):
@@ -178,7 +178,8 @@ def as_teacher(
     return teacher
 
 def _check_engine(engine):
-    if engine not in ENGINES: raise ValueError(f"teacher_engine must be {ENGINES_TEXT}, got {engine!r}.")
+    if engine not in ENGINES: raise ValueError(f"teacher_engine must be {ENGINES_TEXT}, got {engine!r}. "
+                                               "[help: argument]")
 
 # %% ../nbs/08_distillation.ipynb #1f061e72
 class Step(NamedTuple):
@@ -293,7 +294,7 @@ def _made(self:Distillation, plan):
     distiller = self.method.make(plan, self._context())
     if distiller.hard_labels and any(t.student.outputs for t in plan):
         raise ValueError(f"{type(unwrap(distiller)).__name__} uses the class of each sample, and classes= has None for some "
-                         "of the student's classes: use 'kd' or 'dist'.")
+                         "of the student's classes: use 'kd' or 'dist'. [help: other-classes]")
     return distiller
 
 # %% ../nbs/08_distillation.ipynb #37307dda
@@ -310,7 +311,8 @@ def _find_taps(self:Distillation, xb, taps, dense_taps=None, box_taps=None):
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
         raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would see another "
-                         "one: make that operation out of place, or let the student work on x.clone().")
+                         "one: make that operation out of place, or let the student work on x.clone(). "
+                         "[help: in-training]")
     if not self.teacherless: self.writes_inputs = _tried(self.teacher, 'teacher', seen, plan)
     return plan
 
@@ -333,7 +335,7 @@ def _check_ensemble(self:Distillation, taps):
     vague = [t for t in ([taps] if isinstance(taps, str) else taps or ()) if t in ('feature', 'stages')]
     if vague and isinstance(self.teacher, Ensemble):
         raise ValueError(f"several teachers have several features, and {vague[0]!r} does not say whose: name it, such as "
-                         "('layer4', 'teachers.0.layer4'), or use a method of class scores such as 'kd'.")
+                         "('layer4', 'teachers.0.layer4'), or use a method of class scores such as 'kd'. [help: taps]")
 
 # %% ../nbs/08_distillation.ipynb #ba54710b
 @patch
@@ -363,7 +365,7 @@ def parameters(self:Distillation) -> list: # For the optimiser, beside the stude
     "The training-only parameters of the method"
     if self.distiller is None:
         raise ValueError("nothing is planned yet: pass inputs, Distillation(student, teacher, xb=x), "
-                         "or call prepare(x) first.")
+                         "or call prepare(x) first. [help: plain-loop]")
     return list(self.distiller.parameters())
 
 @patch
@@ -481,7 +483,8 @@ def boxes_of(
     xb:Sequence # Its inputs: pictures and targets
 ) -> list: # For each picture (n, 4): left, top, right, bottom as shares of the padded batch, 0 to 1
     "Where the true boxes lie on the maps; `ValueError` for inputs without boxes"
-    if not is_detector(model) or len(xb) < 2: raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'.")
+    if not is_detector(model) or len(xb) < 2: raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'. "
+                                                               "[help: detectors]")
     transform, empty = unwrap(model).transform, [x.new_empty(x.shape, device='meta') for x in xb[0]]
     with eval_mode(transform): x, found = transform(empty, [{'boxes': t['boxes']} for t in xb[1]])
     h, w = x.tensors.shape[-2:]
@@ -563,7 +566,7 @@ def __call__(self:Distillation,
     for n,m in student.items():
         if len(m) != len(teacher[n]):
             raise ValueError(f"tap {n!r}: the student gave {len(m)} samples and the teacher {len(teacher[n])}: "
-                             "both must see the same batch.")
+                             "both must see the same batch. [help: plain-loop]")
     if 'boxes' in self.method.needs: target = boxes_of(self.student, xb)
     losses = self.distiller(student, teacher, target, draws=self.draws, index=index)
     step = Step(student, teacher, outputs, losses, sum(losses.values()))
@@ -664,7 +667,8 @@ def _repeated(batches, n):
         for xb in batches:
             if n == 0: return
             yield xb; n -= 1
-        if n == before: raise ValueError("the loader gives no batch to learn the teacher's features from.")
+        if n == before: raise ValueError("the loader gives no batch to learn the teacher's features from. "
+                                         "[help: too-little-data]")
 
 # %% ../nbs/08_distillation.ipynb #9df32971
 @patch
@@ -690,7 +694,8 @@ def load_state_dict(self:Distillation,
     except RuntimeError:
         raise InputError("the saved training began on another kind of device: its random state has "
                          f"{sd['generator'].numel()} bytes, here (on {self.generator.device}) it has "
-                         f"{self.generator.get_state().numel()}. Go on where it began, or begin anew.") from None
+                         f"{self.generator.get_state().numel()}. Go on where it began, or begin anew. "
+                         "[help: other-settings]") from None
 
 @patch
 def _load_distiller(self:Distillation, weights):
@@ -698,7 +703,7 @@ def _load_distiller(self:Distillation, weights):
     try: self.distiller.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"the saved state is of another method, other taps or other models than {self.method} has here: "
-                         f"{' '.join(str(e).split())[:200]}") from None
+                         f"{' '.join(str(e).split())[:200]} [help: other-settings]") from None
 
 # %% ../nbs/08_distillation.ipynb #0e056b7b
 @patch

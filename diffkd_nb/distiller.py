@@ -47,7 +47,8 @@ def check_number(
     "Give back a finite number that is not negative; `ValueError` for anything else"
     good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 and (value > 0 or not positive)
     if good: return value
-    raise ValueError(f"{name} must be a {'positive number' if positive else 'number >= 0'}, got {value!r}.")
+    raise ValueError(f"{name} must be a {'positive number' if positive else 'number >= 0'}, got {value!r}. "
+                     "[help: method-options]")
 
 # %% ../nbs/04a_distiller.ipynb #28517a2d
 def check_labels(
@@ -60,7 +61,8 @@ def check_labels(
         return (target if type(target) is Tensor else target.as_subclass(Tensor)).long()
     got = f'{target.dtype} of shape {tuple(target.shape)}' if isinstance(target, Tensor) else type(target).__name__
     raise ValueError(f"{method} needs one class index per sample, an integer tensor of shape ({n},), got {got}. "
-                     "It is not defined for mixed or one-hot labels: use 'kd' or 'dist' with those.")
+                     "It is not defined for mixed or one-hot labels: use 'kd' or 'dist' with those. "
+                     "[help: mixed-targets]")
 
 # %% ../nbs/04a_distiller.ipynb #211d66c5
 def to_float32(
@@ -119,7 +121,8 @@ def check_paced(
     right = [t.output in (None, 'classes', 'probabilities') and tuple(t.student.shape[1:]) == (1, 1) for t in taps]
     if plan and not any(right):
         raise ValueError("paced=True looks at the student's scores of one class among several, one set per sample, and the "
-                         f"taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'.")
+                         f"taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'. "
+                         "[help: method-options]")
 
 def weigh_samples(
     x:Tensor, # Student's map (B, ...)
@@ -169,7 +172,8 @@ def _check_plan(self:Distiller, plan):
         if low <= len(names) <= high: continue
         many = 'no' if high == 0 else f'exactly {low}' if low == high else f'{low} or more'
         raise ValueError(f"{type(self).__name__} takes {many} {kind} {'tap' if low == high == 1 else 'taps'}, "
-                         f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules.")
+                         f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules. "
+                         "[help: taps]")
     for t in plan:
         if t.kind == 'logits': self._check_logits(t)
 
@@ -192,17 +196,18 @@ def _check_logits(self:Distiller, tap):
     "`ValueError` for outputs that the method cannot compare"
     name, s, t = type(self).__name__, tap.student.shape, tap.teacher.shape
     why = output_refusal(type(self), tap.output)
-    if why: raise ValueError(why)
+    if why: raise ValueError(f"{why} [help: scores]")
     if s[0] != t[0]:
         raise ValueError(f"the student has {s[0]} outputs, the teacher {t[0]} (tap {tap.name!r}): "
-                         "give both the same outputs in the same order, or distil features with taps=['feature'].")
+                         "give both the same outputs in the same order, or distil features with taps=['feature']. "
+                         "[help: other-classes]")
     if s[0] == 1 and tap.output in (None, 'classes', 'probabilities'):
         fix = 'label_probabilities' if tap.output == 'probabilities' else 'labels'
         raise ValueError(f"{name} needs at least 2 classes, the plan has a single output, whose softmax is always 1: "
-                         f"pass output={fix!r} or output='values'.")
+                         f"pass output={fix!r} or output='values'. [help: scores]")
     if not self.dense and tuple(s[1:]) != (1, 1):
         raise ValueError(f"{name} compares one set of scores per sample, got maps of {s[1]} x {s[2]}: "
-                         "use 'diffkd', 'kd', 'dist' or 'cwd'.")
+                         "use 'diffkd', 'kd', 'dist' or 'cwd'. [help: scores]")
 
 # %% ../nbs/04a_distiller.ipynb #a18b19ba
 @patch

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from fastai.basics import AvgMetric, Learner
 try: import accelerate
 except ImportError as e:
-    raise ImportError("several processes need accelerate: pip install 'diffkd_nb[distributed]'") from e
+    raise ImportError("several processes need accelerate: pip install 'diffkd_nb[distributed]' "
+                      "[help: optional-extra]") from e
 from fastai.distributed import DistributedDL
 from .files import InputError
 

@@ -260,7 +260,7 @@ class CudaGraphStep(Callback):
     ):
         if not isinstance(warmup, int) or warmup < 1:
             raise ValueError("warmup must be a whole number >= 1 (the optimiser's state has to exist), "
-                             f"got {warmup!r}.")
+                             f"got {warmup!r}. [help: argument]")
         self.warmup,self.recording,self.verbose = warmup,recording,verbose
         self.reason = self.smooth = self.side = None
         self.recorded,self.on_host,self.moving = 0,0,False

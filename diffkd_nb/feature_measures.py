@@ -16,7 +16,8 @@ __all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'unbiased_cka', 'li
 # %% ../nbs/25a_feature_measures.ipynb #f0e61d27
 def _samples(x):
     "Features as a matrix in double precision; `ValueError` for anything else"
-    if x.dim() != 2 or len(x) < 2: raise ValueError(f"features must be (samples, channels) of at least two samples, got {tuple(x.shape)}.")
+    if x.dim() != 2 or len(x) < 2: raise ValueError(f"features must be (samples, channels) of at least two samples, got {tuple(x.shape)}. "
+                                                    "[help: argument]")
     return x.double()
 
 def class_signal(
@@ -25,7 +26,7 @@ def class_signal(
 ) -> float: # 0 where the class says nothing
     "Variance of the class means over the variance within classes, each class with its share of the samples"
     x = _samples(x)
-    if len(y) != len(x): raise ValueError(f"{len(x)} features need as many classes, got {len(y)}.")
+    if len(y) != len(x): raise ValueError(f"{len(x)} features need as many classes, got {len(y)}. [help: argument]")
     _, y = y.unique(return_inverse=True)
     n = torch.bincount(y).double()[:, None]
     means = torch.zeros(len(n), x.shape[1], dtype=x.dtype).index_add_(0, y, x)/n
@@ -49,7 +50,8 @@ def linear_cka(
 ) -> float: # 0 to 1
     "Centred kernel alignment of linear kernels"
     x, z = _samples(x), _samples(z)
-    if len(x) != len(z): raise ValueError(f"both must be features of the same samples, got {len(x)} and {len(z)}.")
+    if len(x) != len(z): raise ValueError(f"both must be features of the same samples, got {len(x)} and {len(z)}. "
+                                          "[help: argument]")
     x, z = x - x.mean(0), z - z.mean(0)
     return float((x.T @ z).norm()**2/((x.T @ x).norm()*(z.T @ z).norm()))
 
@@ -68,7 +70,7 @@ def unbiased_cka(
     "Centred kernel alignment of linear kernels without the bias of few samples"
     x, z = _samples(x), _samples(z)
     if len(x) != len(z) or len(x) < 4:
-        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}.")
+        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}. [help: argument]")
     if any(float((v - v.mean(0)).norm()) <= 1e-9*float(v.norm()) for v in (x, z)): return math.nan
     k, l = (v @ v.T for v in (x - x.mean(0), z - z.mean(0)))
     return float(_hsic(k, l)/(_hsic(k, k)*_hsic(l, l)).clamp_min(0).sqrt())
@@ -80,7 +82,8 @@ def linear_residual(
 ) -> tuple: # Share of the variance that is left, 0 to 1 where the map generalises; the residual (N/2, D)
     "What the best linear map from one feature to another leaves, on samples that it was not fitted on"
     x, z = _samples(x), _samples(z)
-    if len(x) != len(z): raise ValueError(f"both must be features of the same samples, got {len(x)} and {len(z)}.")
+    if len(x) != len(z): raise ValueError(f"both must be features of the same samples, got {len(x)} and {len(z)}. "
+                                          "[help: argument]")
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1); h = len(x)//2
     w = torch.linalg.lstsq(x[:h], z[:h]).solution
     left = z[h:] - x[h:] @ w
@@ -107,7 +110,7 @@ def about_the_sample(
     "How much a map is like the teacher's, and how much of that is about the sample"
     if maps.shape != teacher.shape or len(maps) < 2:
         raise ValueError("maps of two or more samples are compared, "
-                         f"got {tuple(maps.shape)} and {tuple(teacher.shape)}.")
+                         f"got {tuple(maps.shape)} and {tuple(teacher.shape)}. [help: argument]")
     m, t = _unit(maps), _unit(teacher)
     each = m @ t.T
     n, own, flat = len(m), each.diagonal().mean(), teacher.flatten(1).double()

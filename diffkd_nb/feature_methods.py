@@ -78,7 +78,7 @@ class VID(Distiller):
     ):
         super().__init__(plan, weight)
         if check_number('variance', variance) <= 1e-5:
-            raise ValueError(f"variance must be above 1e-5, got {variance!r}.")
+            raise ValueError(f"variance must be above 1e-5, got {variance!r}. [help: method-options]")
         self.adapters.extend(Gaussian(t.student.shape[0], t.teacher.shape[0], variance) for t in plan)
 
     def losses(self, student, teacher, target=None):
@@ -149,7 +149,7 @@ class ReviewKD(Distiller):
     ):
         super().__init__(plan, weight, warmup)
         if width is not None and (not isinstance(width, int) or width < 1):
-            raise ValueError(f"width must be a positive integer, got {width!r}.")
+            raise ValueError(f"width must be a positive integer, got {width!r}. [help: method-options]")
         shapes, deepest = [(t.student.shape[0], t.teacher.shape[0]) for t in plan], plan[-1]
         width = self.width = width or min(512, deepest.student.shape[0])
         self.pooled = (deepest.student.shape[1:], deepest.teacher.shape[1:]) != ((1, 1), (1, 1))

@@ -78,8 +78,10 @@ class FMKT(Distiller):
         weight:float=1. # Factor on both losses
     ):
         super().__init__(plan, weight)
-        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
-        if align not in ('dist', 'kl'): raise ValueError(f"align must be 'dist' or 'kl', got {align!r}.")
+        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be an integer >= 1, got {steps!r}. "
+                                                                     "[help: method-options]")
+        if align not in ('dist', 'kl'): raise ValueError(f"align must be 'dist' or 'kl', got {align!r}. "
+                                                         "[help: method-options]")
         self.distance = get_distance(align, (1. if align == 'dist' else 4.) if temperature is None else temperature)
         self.twice = 2. if align == 'dist' else 1.
         self.labels, self.own = check_number('labels', labels), check_number('own', own)
@@ -125,7 +127,7 @@ class Planes(nn.Module):
         super().__init__()
         n = (32*width if width <= 256 else 2048) if n is None else n
         if not isinstance(n, int) or n < 1:
-            raise ValueError(f"the number of planes must be an integer >= 1, got {n!r}.")
+            raise ValueError(f"the number of planes must be an integer >= 1, got {n!r}. [help: method-options]")
         self.register_buffer('normals', torch.randn(n, width)*check_number('std', std, positive=True))
         self.register_buffer('bias', torch.full((n,), math.nan) if median else torch.zeros(n))
         self.known = not median or features is not None # Whether the offsets are
@@ -158,7 +160,7 @@ def classifier_std(
     found = [m for m in unwrap(teacher).modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     if found: return float(found[-1].weight.detach().float().std())
     raise ValueError(f"the teacher has no nn.Linear with {classes} outputs, whose weights would set the width of the "
-                     "planes: pass std=...")
+                     "planes: pass std=... [help: teacher-classifier]")
 
 # %% ../nbs/06e_features_since.ipynb #d77552ce
 class LSHFM(Distiller):
@@ -233,7 +235,7 @@ class CanKD(Distiller):
         for t in plan:
             if math.prod(common_size(t.student.shape[1:], t.teacher.shape[1:])) > 1: continue
             raise ValueError(f"CanKD compares positions of maps, and tap {t.name!r} has a single one in common: "
-                             "tap a map before the pooling, or use 'fitnet'.")
+                             "tap a map before the pooling, or use 'fitnet'. [help: taps]")
         for t in plan:
             s, c = t.student.shape[0], t.teacher.shape[0]
             self.adapters.append(nn.ModuleList([nn.Conv2d(s, c, 1), CrossAttention(c)]))

@@ -51,11 +51,12 @@ def grid_cells(
     own = {str(parse_method(m)): which(n) for m,n in seeds.items()} if isinstance(seeds, dict) else {}
     seeds = list(dict.fromkeys(s for n in own.values() for s in n)) if own else which(seeds)
     for what,v in (('pairs', pairs), ('methods', methods), ('seeds', seeds)):
-        if not v: raise InputError(f"{what} is empty: name at least one.")
-        if len(set(v)) < len(v): raise InputError(f"{what} lists something twice: {v}.")
+        if not v: raise InputError(f"{what} is empty: name at least one. [help: comparison]")
+        if len(set(v)) < len(v): raise InputError(f"{what} lists something twice: {v}. [help: comparison]")
     for p in pairs:
         if len(p) == 2: continue
-        raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}.")
+        raise InputError(f"a pair is (teacher, student), such as ('resnet56@t.safetensors', 'resnet20'), got {p!r}. "
+                         "[help: comparison]")
     return [Cell(*p, m, s) for s in seeds for p in pairs for m in methods if s in own.get(m, seeds)]
 
 # %% ../nbs/26_grid.ipynb #70d38aac
@@ -202,7 +203,7 @@ def _import_ray():
     try: import ray
     except ImportError:
         raise InputError("executor='ray' needs Ray, which is not installed: pip install 'ray[default]', "
-                         "or use executor='process'.") from None
+                         "or use executor='process'. [help: optional-extra]") from None
     return ray
 
 # %% ../nbs/26_grid.ipynb #c3dcf277
@@ -243,7 +244,8 @@ def _end(self:_Ray, ray, ref, out, failed):
 class _Streams:
     "Runs cells in threads of this process, each on a CUDA stream of its own"
     def __init__(self, jobs, share=False):
-        if share: raise InputError("share_teacher works with executor='process' or 'here', got 'streams'.")
+        if share: raise InputError("share_teacher works with executor='process' or 'here', got 'streams'. "
+                                   "[help: comparison]")
         self.jobs = jobs
 
     def __call__(self, todo, tick, deadline=math.inf):

@@ -58,7 +58,7 @@ def find_norm(
 
 # %% ../nbs/06c_head.ipynb #e47130d6
 _FIX = ("Tap the map that is pooled before the classifier, or name its last layer with classifier=...; "
-        "for other teachers use 'kd' or 'fitnet'.")
+        "for other teachers use 'kd' or 'fitnet'. [help: teacher-classifier]")
 
 # %% ../nbs/06c_head.ipynb #1de2b67f
 def find_classifier(
@@ -142,7 +142,7 @@ class TeacherHead(nn.Module):
     ):
         super().__init__()
         if not isinstance(teacher, nn.Module):
-            raise ValueError(f"teacher must be an nn.Module, got {type(teacher).__name__}.")
+            raise ValueError(f"teacher must be an nn.Module, got {type(teacher).__name__}. [help: models]")
         linear, self.grid = find_classifier(teacher, feature, classes, name)
         found = find_norm(teacher, feature, linear) if self.grid == (1, 1) else None
         self.norm, self.before = (FrozenNorm(found[0]), found[1]) if found else (None, False)

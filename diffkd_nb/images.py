@@ -40,11 +40,11 @@ class Data:
 
     def dls(self, batch_size=64, augmentation=('crop', 'flip'), seed=0, device=None, eval_batch=None, **loader):
         "fastai `DataLoaders`; augmentation by the names of a recipe, `loader` is for kinds that need more"
-        raise NotImplementedError(f'{type(self).__name__} must say how it is loaded')
+        raise NotImplementedError(f'{type(self).__name__} must say how it is loaded [help: own-task]')
 
     def hash(self) -> str:
         "What exactly the data is"
-        raise NotImplementedError(f'{type(self).__name__} must say what it is')
+        raise NotImplementedError(f'{type(self).__name__} must say what it is [help: own-task]')
 
 # %% ../nbs/11b_images.ipynb #978bc152
 @patch
@@ -73,7 +73,7 @@ def named_options(
     "Options after a question mark; `InputError` for one that is not known"
     asked = dict(i.partition('=')[::2] for i in query.split('&') if i)
     if wrong := [k for k in asked if k not in known]:
-        raise InputError(f"{what} has no option {wrong[0]!r}: expected one of {', '.join(known)}.")
+        raise InputError(f"{what} has no option {wrong[0]!r}: expected one of {', '.join(known)}. [help: data-options]")
     return asked
 
 # %% ../nbs/11b_images.ipynb #9855ab2f
@@ -81,7 +81,7 @@ def named_options(
 def _check_batch(self:Data, batch_size):
     if batch_size > self.n_train:
         raise InputError(f"{self.name}: {self.n_train} training images are fewer than one batch of {batch_size}: "
-                         "lower the batch size or add images.")
+                         "lower the batch size or add images. [help: too-little-data]")
 
 # %% ../nbs/11b_images.ipynb #e163879f
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _check(self:ImageArrays):
     for x,y,what in ((self.x, self.y, 'training'), (self.xv, self.yv, 'validation')):
         if len(x) != len(y) or x.dim() != 4 or x.dtype != torch.uint8:
             raise InputError(f"{self.name}: {what} images must be uint8 (N, C, H, W) with N labels, "
-                             f"got {x.dtype} {tuple(x.shape)} and {len(y)} labels.")
+                             f"got {x.dtype} {tuple(x.shape)} and {len(y)} labels. [help: argument]")
     object.__setattr__(self, 'stats', as_floats(_own_stats(self.x) if self.stats is None else self.stats))
 
 # %% ../nbs/11b_images.ipynb #f8c9ddcf
@@ -188,7 +188,8 @@ def _splits(folder):
     if not nested: return None, None
     names = ', '.join(sorted(d.name for d in there.values())[:8])
     raise InputError(f"{folder} has {names}, and {nested[0]} holds folders of images: "
-                     "expected train/ and one of val/, valid/, validation/, test/, or class folders alone.")
+                     "expected train/ and one of val/, valid/, validation/, test/, or class folders alone. "
+                     "[help: data-folder]")
 
 # %% ../nbs/11b_images.ipynb #00398b32
 def class_folders(
@@ -201,9 +202,10 @@ def class_folders(
     else: train, valid = (_every_fifth(_class_folders(folder, False), fifth) for fifth in (False, True))
     if len(train) < 2:
         raise InputError(f"{folder} has {len(train)} class folders with images{': ' + [*train][0] if train else ''}, "
-                         "expected at least two (class/image.png), or train/ and val/ with class folders in them.")
+                         "expected at least two (class/image.png), or train/ and val/ with class folders in them. "
+                         "[help: data-folder]")
     if new := sorted(set(valid) - set(train)):
-        raise InputError(f"{val} has classes that are not in {start}: {', '.join(new[:5])}.")
+        raise InputError(f"{val} has classes that are not in {start}: {', '.join(new[:5])}. [help: data-folder]")
     return train, valid
 
 # %% ../nbs/11b_images.ipynb #57435256
@@ -224,7 +226,8 @@ def _tell_corrupt(bad, corrupt):
     names = ', '.join(str(f) for f in bad[:5]) + (', ...' if len(bad) > 5 else '')
     text = f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read: {names}"
     if corrupt == 'stop': raise InputError(f"{text}. Remove or repair {'them' if len(bad) > 1 else 'it'}; "
-                                        "folder_arrays(corrupt='skip') and diffkd_demo --corrupt skip go on without.")
+                                        "folder_arrays(corrupt='skip') and diffkd_demo --corrupt skip go on without. "
+                                           "[help: unreadable-file]")
     print(f'Left out: {text}', file=sys.stderr)
 
 # %% ../nbs/11b_images.ipynb #c8f040eb
@@ -259,7 +262,8 @@ def folder_arrays(
     for y,what in ((found[1], 'training'), (found[3], 'validation')):
         if len(y) < 2:
             raise InputError(f"{folder} gives {len(y)} {what} images: more are needed "
-                             "(a class folder of five or more keeps every fifth for validation).")
+                             "(a class folder of five or more keeps every fifth for validation). "
+                             "[help: too-little-data]")
     spec = data_spec('arrays', folder, size=size, limit=limit, corrupt=corrupt if corrupt != 'stop' else None)
     return ImageArrays(*found, [*train], f'{folder.name} ({size} px)', spec)
 
@@ -292,7 +296,7 @@ def _find(self:ImageFolder):
     folder = Path(self.folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: expected train/ and val/ with class folders, "
-                         "or class folders of images.")
+                         "or class folders of images. [help: data-folder]")
     splits = class_folders(folder)
     object.__setattr__(self, 'folder', folder)
     object.__setattr__(self, 'files', tuple({c: fs[:self.limit] for c,fs in files.items()} for files in splits))

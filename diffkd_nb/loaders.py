@@ -160,7 +160,8 @@ class UnreadableImage(InputError):
 def __getitem__(self:FileDataset, i):
     f = self.files[i]
     try: x = read_pixels(f)
-    except UNREADABLE as e: raise UnreadableImage(f"image {f} cannot be read: {e}. Remove or repair it.") from None
+    except UNREADABLE as e: raise UnreadableImage(f"image {f} cannot be read: {e}. Remove or repair it. "
+                                                  "[help: unreadable-file]") from None
     with seeded(self.epoch_seed + 1_000_003*i):
         x = self.transform(x)
         return (x, self.y[i], *(draw_erasing(self.erasing, x) if self.erasing else ()))

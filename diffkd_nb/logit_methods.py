@@ -210,9 +210,9 @@ def _check_exits(self:OFA, stages, classes, width):
     if bad:
         raise ValueError(f"OFA compares every exit with the teacher's output of {classes} classes, "
                          f"but the taps {bad} have teacher maps: "
-                         f"pass taps={self.default_taps}, or pairs with '' for the teacher.")
+                         f"pass taps={self.default_taps}, or pairs with '' for the teacher. [help: taps]")
     if width is not None and (not isinstance(width, int) or width < 1):
-        raise ValueError(f"width must be a positive integer, got {width!r}.")
+        raise ValueError(f"width must be a positive integer, got {width!r}. [help: method-options]")
 
 # %% ../nbs/06_logit_methods.ipynb #8274d791
 @patch

@@ -114,7 +114,8 @@ class GDKD(_OfClasses):
         zscore:bool=False # Compare scores in units of their own spread, see `standard_scores`
     ):
         super().__init__(plan, weight, warmup)
-        if not isinstance(top, int) or top < 1: raise ValueError(f"top must be an integer >= 1, got {top!r}.")
+        if not isinstance(top, int) or top < 1: raise ValueError(f"top must be an integer >= 1, got {top!r}. "
+                                                                 "[help: method-options]")
         self.top, self.factors = top, [check_number(f'w{i}', w) for i,w in enumerate((w0, w1, w2))]
         self.temperature = check_number('temperature', temperature, positive=True)
         self.scores, self.zscore = scores_of(plan), zscore
@@ -139,7 +140,8 @@ class TAID(_OfClasses):
     ):
         super().__init__(plan, weight)
         if not 0 <= t_start < 1 or not t_start <= t_end <= 1:
-            raise ValueError(f"0 <= t_start < 1 and t_start <= t_end <= 1 are needed, got {t_start!r} and {t_end!r}.")
+            raise ValueError(f"0 <= t_start < 1 and t_start <= t_end <= 1 are needed, got {t_start!r} and {t_end!r}. "
+                             "[help: method-options]")
         self.t_start, self.t_end, self.alpha, self.beta = t_start, t_end, check_number('alpha', alpha), beta
         self.scores, self.zscore = scores_of(plan), zscore
         for name,v in dict(t=t_start, last=math.nan, momentum=0., done=0.).items():
@@ -159,7 +161,8 @@ def _told(method, known):
     "`ValueError` where a method does not know how long the training is"
     if known: return
     raise ValueError(f"{method} changes over a training and must know how long it is: "
-                     "call expect(epochs=..., steps=...) of the distillation before each epoch, or use a Learner.")
+                     "call expect(epochs=..., steps=...) of the distillation before each epoch, or use a Learner. "
+                     "[help: plain-loop]")
 
 # %% ../nbs/06d_logits_since.ipynb #a8a3ef33
 @patch
@@ -200,11 +203,11 @@ class PSKD(_OfClasses):
         output:str|None=None # What the model's outputs mean, see `OUTPUTS`
     ):
         super().__init__(plan, weight)
-        if why := output_refusal(type(self), output): raise ValueError(why)
+        if why := output_refusal(type(self), output): raise ValueError(f"{why} [help: scores]")
         if not isinstance(n_data, int) or n_data < 1:
-            raise ValueError(f"n_data must be an integer >= 1, got {n_data!r}.")
+            raise ValueError(f"n_data must be an integer >= 1, got {n_data!r}. [help: method-options]")
         self.alpha = check_number('alpha', alpha)
-        if alpha > 1: raise ValueError(f"alpha must be at most 1, got {alpha!r}.")
+        if alpha > 1: raise ValueError(f"alpha must be at most 1, got {alpha!r}. [help: method-options]")
         self.scores = scores_of(plan)
         self.register_buffer('past', torch.zeros(n_data, plan[0].student.shape[0]))
         self.register_buffer('seen', torch.zeros(n_data))
@@ -225,7 +228,8 @@ def losses(self:PSKD, student, teacher, target=None, index=None):
     n = len(student[0])
     if index is None or index.shape != (n,):
         raise ValueError(f"PSKD needs `index`, the places of the batch's {n} samples in the training set, "
-                         f"got {None if index is None else tuple(index.shape)}: use DistillCallback(None, 'pskd').")
+                         f"got {None if index is None else tuple(index.shape)}: use DistillCallback(None, 'pskd'). "
+                         "[help: which-samples]")
     y, ((s, _),) = check_labels('PSKD', target, n), self.pairs(student, teacher)
     log_p, hard = s.log_softmax(1), F.one_hot(y, s.shape[1])
     seen = self.seen[index]
@@ -263,14 +267,15 @@ class Ensemble(nn.Module):
         super().__init__()
         if len(teachers) < 2 or not all(isinstance(t, nn.Module) for t in teachers):
             raise TypeError("several teachers must be a list of two or more nn.Modules, "
-                            f"got {[type(t).__name__ for t in teachers]}.")
+                            f"got {[type(t).__name__ for t in teachers]}. [help: models]")
         self.teachers, self.output = nn.ModuleList(teachers), output
 
     def forward(self, *xb):
         outs = [t(*xb) for t in self.teachers]
         shapes = [tuple(o.shape[1:]) if isinstance(o, Tensor) else type(o).__name__ for o in outs]
         if len(set(shapes)) > 1 or not isinstance(outs[0], Tensor):
-            raise ValueError(f"several teachers must give tensors of scores over the same outputs, got {shapes}.")
+            raise ValueError(f"several teachers must give tensors of scores over the same outputs, got {shapes}. "
+                             "[help: scores]")
         return mean_scores(outs, self.output)
 
 # %% ../nbs/06d_logits_since.ipynb #6bd96b6d

@@ -219,12 +219,12 @@ def get_distance(
 ) -> Callable: # f(student, teacher) -> scalar
     "A distance of scores by name, `'kl'` being that of their kind; `ValueError` for an unknown one"
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}. [help: method-options]")
     if zscore: return _of_standard_scores(get_distance(name, temperature, output), output)
     if callable(name): return name
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(map(repr, DISTANCES))} "
-                         "or a function of (student, teacher).")
+                         "or a function of (student, teacher). [help: method-options]")
     if name == 'cwd': return partial(cwd_loss, temperature=temperature)
     if name not in ('kl', 'dist'): return DISTANCES[name]
     return _of_output(name, temperature, output)
@@ -232,7 +232,8 @@ def get_distance(
 def _of_standard_scores(distance, output):
     "A distance behind `standard_scores`; `ValueError` for what are no class scores"
     if callable(output) or SCORES[output or 'classes'] != 'classes':
-        raise ValueError("zscore=True is defined for one class among several: leave it out for other outputs.")
+        raise ValueError("zscore=True is defined for one class among several: leave it out for other outputs. "
+                         "[help: method-options]")
     return partial(_between_standard_scores, distance)
 
 def _between_standard_scores(distance, student, teacher):
@@ -242,7 +243,8 @@ def _of_output(name, temperature, output):
     "`'kl'` or `'dist'` for a kind of outputs"
     if callable(output):
         if name == 'kl': return output
-        raise ValueError("distance 'dist' is not defined where output is a function, which is the distance itself.")
+        raise ValueError("distance 'dist' is not defined where output is a function, which is the distance itself. "
+                         "[help: method-options]")
     kind = SCORES[output or 'classes']
     if name == 'dist': return partial(dist_loss, temperature=temperature, output=kind)
     if kind == 'values': return values_loss

@@ -58,7 +58,7 @@ def get_method(
     if isinstance(name, str) and '+' in name: return together(*name.split('+'))
     near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ''
-    raise ValueError(f"unknown method {name!r}: {hint}All: {', '.join(map(repr, METHODS))}.")
+    raise ValueError(f"unknown method {name!r}: {hint}All: {', '.join(map(repr, METHODS))}. [help: method-name]")
 
 # %% ../nbs/07a_methods.ipynb #7a2080a9
 def option_defaults(
@@ -82,7 +82,8 @@ def check_options(
     if hasattr(cls, 'check_options'): return cls.check_options(options)
     known = option_defaults(cls)
     wrong = ', '.join(repr(o) for o in options if o not in known)
-    if wrong: raise TypeError(f"{cls.__name__} has no option {wrong}: its options are {', '.join(known)}.")
+    if wrong: raise TypeError(f"{cls.__name__} has no option {wrong}: its options are {', '.join(known)}. "
+                              "[help: method-options]")
 
 # %% ../nbs/07a_methods.ipynb #bcff39ef
 def _wanted(tap, default_taps):
@@ -112,7 +113,8 @@ class Together(Distiller):
             maps = cls.dense_taps if any(t.form == 'dense' for t in plan) else None
             boxes = cls.box_taps if any(t.name.startswith(('fpn.', 'head.', 'roi.')) for t in plan) else None
             own = [t for t in plan if _wanted(t, asked or maps or boxes or cls.default_taps)]
-            if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}.")
+            if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}. "
+                                                   "[help: taps]")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
 
 # %% ../nbs/07a_methods.ipynb #55b39ef5
@@ -125,7 +127,7 @@ def check_options(cls:Together,
     how = ', '.join(f'{p}=dict(...)' for p in cls.parts)
     if wrong:
         raise TypeError(f"{'+'.join(cls.parts)} takes the options of a part as a dict under its name ({how}), "
-                        f"got {wrong}.")
+                        f"got {wrong}. [help: method-options]")
     for p,own in options.items(): check_options(METHODS[p], _split_taps(own)[1])
 
 # %% ../nbs/07a_methods.ipynb #b628ada4
@@ -158,7 +160,7 @@ def together(
 ) -> type: # Class of a distiller
     "A class that holds several methods; `ValueError` for an unknown or repeated one"
     classes = [get_method(n) for n in names]
-    if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a method twice.")
+    if len(set(names)) < len(names): raise ValueError(f"{'+'.join(names)} names a method twice. [help: method-name]")
     union = lambda of: list(dict.fromkeys(x for c in classes for x in getattr(c, of)))
     fields = dict(parts=names, needs=tuple(union('needs')), default_taps=union('default_taps'),
                   loss_names=tuple(f'{n}.{l}' for n,c in zip(names, classes) for l in c.loss_names),
@@ -187,7 +189,8 @@ def _parse_options(text, rest):
     options = {}
     for item in filter(None, rest.split(',')):
         k, eq, v = item.partition('=')
-        if not eq: raise InputError(f"method {text!r}: expected option=value after the colon, got {item!r}.")
+        if not eq: raise InputError(f"method {text!r}: expected option=value after the colon, got {item!r}. "
+                                    "[help: method-options]")
         try: options[k.strip()] = ast.literal_eval(v)
         except (ValueError, SyntaxError): options[k.strip()] = v.strip()
     return options
@@ -197,13 +200,13 @@ def _parse_one(text):
     "A single method"
     name, _, rest = text.partition(':')
     options = _parse_options(text, rest)
-    if name == 'alone' and options: raise InputError(f"method {text!r}: 'alone' has no options.")
+    if name == 'alone' and options: raise InputError(f"method {text!r}: 'alone' has no options. [help: method-options]")
     if name != 'alone':
         try: get_method(name)
-        except ValueError as e: raise InputError(f"{e} Or 'alone' for no distillation.") from None
+        except ValueError as e: raise InputError(str(e).replace(' [', " Or 'alone' for no distillation. [")) from None
     w = options.pop('task_weight', 1.)
     if not isinstance(w, (int, float)) or w < 0:
-        raise InputError(f"method {text!r}: task_weight must be a number >= 0, got {w!r}.")
+        raise InputError(f"method {text!r}: task_weight must be a number >= 0, got {w!r}. [help: method-options]")
     return Method(name, options, float(w))
 
 # %% ../nbs/07a_methods.ipynb #92f33f51
@@ -216,7 +219,7 @@ def parse(cls:Method,
     parts = [_parse_one(p) for p in re.split(r'\+(?=[a-z])', str(text))]
     if len(parts) == 1: return parts[0]
     if len({p.name for p in parts}) < len(parts) or any(p.name == 'alone' for p in parts):
-        raise InputError(f"method {text!r}: join different methods, each once.")
+        raise InputError(f"method {text!r}: join different methods, each once. [help: method-name]")
     options = {p.name: p.options for p in parts if p.options}
     return Method('+'.join(p.name for p in parts), options, math.prod(p.task_weight for p in parts))
 
@@ -314,7 +317,7 @@ def preset(
 ) -> Method: # `InputError` with the names for an unknown one
     "A form of a method by its name"
     if name in PRESETS: return parse_method(PRESETS[name])
-    raise InputError(f"there is no preset named {name!r}: expected one of {', '.join(PRESETS)}.")
+    raise InputError(f"there is no preset named {name!r}: expected one of {', '.join(PRESETS)}. [help: method-name]")
 
 # %% ../nbs/07a_methods.ipynb #0bcad691
 def method_needs(

@@ -347,7 +347,7 @@ def check_trusted(
     "`InputError` inside `registered_only`"
     if _importing.get(): return
     raise InputError(f"{what}, and only registered models are made here. "
-                     "Pass trust=True (--trust) if you trust where the name comes from.")
+                     "Pass trust=True (--trust) if you trust where the name comes from. [help: trust]")
 
 # %% ../nbs/12_models.ipynb #aecb7f53
 def _imported(name, n_classes):
@@ -357,12 +357,15 @@ def _imported(name, n_classes):
     check_trusted(f'{what} made: it names code of its own')
     try: make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"{what} imported: {e}. {expected}, a function of the number of classes.") from None
+        raise InputError(f"{what} imported: {e}. {expected}, a function of the number of classes. "
+                         "[help: model-name]") from None
     try: model = make(n_classes)
     except TypeError as e:
-        raise InputError(f"{what} made from a number of classes: {e}. {expected} with that one argument.") from e
+        raise InputError(f"{what} made from a number of classes: {e}. {expected} with that one argument. "
+                         "[help: model-name]") from e
     if not isinstance(model, nn.Module):
-        raise InputError(f"model {name!r}: {function} returned {type(model).__name__}, expected a torch.nn.Module.")
+        raise InputError(f"model {name!r}: {function} returned {type(model).__name__}, expected a torch.nn.Module. "
+                         "[help: model-name]")
     return model
 
 # %% ../nbs/12_models.ipynb #61dea8b7
@@ -406,11 +409,12 @@ def make_model(
     drop_path:float=0. # Stochastic depth, for models of timm
 ) -> nn.Module: # Random weights; nothing is ever downloaded
     "A model by name; `InputError` with the nearest names for an unknown one"
-    if not isinstance(name, str): raise InputError(f"a model is asked for by name, such as 'resnet20', got {name!r}.")
+    if not isinstance(name, str): raise InputError(f"a model is asked for by name, such as 'resnet20', got {name!r}. "
+                                                   "[help: model-name]")
     library, own = library_of(name)
     if drop_path and library != 'timm':
         raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}: "
-                         "use a model of timm (timm:NAME), or recipe.replace(drop_path=0).")
+                         "use a model of timm (timm:NAME), or recipe.replace(drop_path=0). [help: recipe]")
     if library == 'small': return small_net(int(own), in_chans, n_classes, img_size)
     if library == 'ours': return MODELS[own](n_classes=n_classes, in_chans=in_chans)
     if library == 'module': return _imported(own, n_classes)
@@ -426,4 +430,4 @@ def _no_model(name, bare):
     nearest = '. Nearest: ' + ', '.join(dict.fromkeys(near)) if near else ''
     return (f"there is no model named {name!r}: expected one of diffkd_nb.models.MODELS, "
             "small:WIDTH (such as small:4), timm:NAME, torchvision:NAME "
-            f"or package.module:function{nearest}.")
+            f"or package.module:function{nearest}. [help: model-name]")

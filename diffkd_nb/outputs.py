@@ -27,7 +27,7 @@ def check_kind(
     known = isinstance(output, str) and output in OUTPUTS
     if known or callable(output) and not isinstance(output, type): return output
     raise ValueError(f"output must be one of {', '.join(map(repr, OUTPUTS))} or a function of (student, teacher), "
-                     f"got {output!r}.")
+                     f"got {output!r}. [help: unknown-loss]")
 
 # %% ../nbs/07b_outputs.ipynb #665cde2b
 # Library and names of losses; functions are those of torch.nn.functional

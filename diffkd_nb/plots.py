@@ -42,11 +42,13 @@ def _distillation(learn, tap):
     "The distillation of a Learner and the number of one of its taps"
     kd = distillation(learn)
     if kd is None:
-        raise ValueError("the Learner has no DiffKDCallback: pass one to its constructor, or use learn.add_cb.")
+        raise ValueError("the Learner has no DiffKDCallback: pass one to its constructor, or use learn.add_cb. "
+                         "[help: callback]")
     if not isinstance(unwrap(kd.distiller), DiffKDDistiller):
-        raise ValueError(f"these pictures are of DiffKD, and this Learner distils with {type(kd.distiller).__name__}.")
+        raise ValueError(f"these pictures are of DiffKD, and this Learner distils with {type(kd.distiller).__name__}. "
+                         "[help: callback]")
     names = [t.name for t in kd.plan]
-    if tap not in names: raise ValueError(f"no tap named {tap!r}: the plan has {names}.")
+    if tap not in names: raise ValueError(f"no tap named {tap!r}: the plan has {names}. [help: taps]")
     return kd, names.index(tap)
 
 # %% ../nbs/19_plots.ipynb #1029e791
@@ -84,7 +86,7 @@ def denoised_maps(
     kd, i = _distillation(learn, tap)
     if kd.plan[i].form == 'logits':
         names = [t.name for t in kd.plan if t.form != 'logits']
-        raise ValueError(f"no feature tap named {tap!r}: the plan has {names}.")
+        raise ValueError(f"no feature tap named {tap!r}: the plan has {names}. [help: taps]")
     with tap_features(learn, *xb, tap=tap) as (module, s, t): way = _way(module, s, t, seed)
     return {'student': way['projected'], 'identity': way['out'][0], 'denoised': way['out'][-1], 'teacher': way['target'],
             'gamma': way['gamma']}
@@ -156,7 +158,8 @@ def map_agreement(
 ) -> pd.DataFrame: # A row a kind of map; correlations with the teacher's map: `same image`, `other images`, `average`
     "How much a map is like the teacher's, and how much of that any image would give"
     teacher = _standard(maps['teacher'])
-    if len(teacher) < 2: raise InputError(f"other images are needed to compare with, got maps of {len(teacher)}.")
+    if len(teacher) < 2: raise InputError(f"other images are needed to compare with, got maps of {len(teacher)}. "
+                                          "[help: argument]")
     average = _standard(_attention(maps['teacher']).mean(0, keepdim=True))
     rows = {}
     for k,title in _TITLES.items():
@@ -224,7 +227,8 @@ def plot_steps(
 ): # The axes
     "A row a sample: image, student, mixed start, every denoising step, teacher"
     with tap_features(learn, *xb, tap=tap) as (module, s, t):
-        if module.kind == 'logits': raise ValueError(f"tap {tap!r} has no map to show: name a feature tap.")
+        if module.kind == 'logits': raise ValueError(f"tap {tap!r} has no map to show: name a feature tap. "
+                                                     "[help: taps]")
         way = _way(module, s, t, seed)
     steps = {f'step {i}': o for i,o in enumerate(way['out'][1:], 1)}
     columns = {'student': way['projected'], 'mixed': way['out'][0], **steps, 'teacher': way['target']}
@@ -239,7 +243,7 @@ def class_scores(
 ) -> dict: # `student`, `denoised`, `teacher`: (B, K) probabilities
     "Softmax scores before and after denoising, and the teacher's"
     with tap_features(learn, *xb, tap=tap) as (module, s, t):
-        if module.kind != 'logits': raise ValueError(f"tap {tap!r} is no logit tap.")
+        if module.kind != 'logits': raise ValueError(f"tap {tap!r} is no logit tap. [help: taps]")
         denoised = _way(module, s, t, seed)['out'][-1]
     return {k: v.flatten(1).softmax(1) for k,v in dict(student=s, denoised=denoised, teacher=t).items()}
 
@@ -302,7 +306,7 @@ def plot_gamma(
     "Histogram of gamma in the first, middle and last epoch, and its mean per epoch (paper, figure 5)"
     d = diagnosis if isinstance(diagnosis, Diagnosis) else Diagnosis(diagnosis)
     tap = tap or d.taps[0]
-    if tap not in d.taps: raise InputError(f"no tap named {tap!r}: this training had {', '.join(d.taps)}.")
+    if tap not in d.taps: raise InputError(f"no tap named {tap!r}: this training had {', '.join(d.taps)}. [help: taps]")
     rows = d.of(tap)
     if axs is None: _, axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
     shown = sorted({0, len(rows)//2, len(rows)-1})

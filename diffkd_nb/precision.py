@@ -43,7 +43,7 @@ def slow_precision(
     "A sentence where a precision does not pay"
     on_cpu = torch.device(device).type == 'cpu'
     if on_cpu and precision == 'fp16':
-        raise ValueError("precision 'fp16' is for a GPU, got the CPU: use 'bf16' or 'float32'.")
+        raise ValueError("precision 'fp16' is for a GPU, got the CPU: use 'bf16' or 'float32'. [help: precision]")
     if not (on_cpu and precision == 'bf16'): return ''
     found = bf16_instructions() if instructions is None else instructions
     if found != '': return ''

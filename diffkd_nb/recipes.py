@@ -153,7 +153,8 @@ _FIELDS = { # Field to test and what is expected
 def _check(self:Recipe):
     "One `InputError` for the first field that cannot be meant"
     def need(ok, field, expected):
-        if not ok: raise InputError(f"recipe {self.name!r}: {field} must be {expected}, got {getattr(self, field)!r}.")
+        if not ok: raise InputError(f"recipe {self.name!r}: {field} must be {expected}, got {getattr(self, field)!r}. "
+                                    "[help: recipe]")
     for f,(ok,expected) in _FIELDS.items(): need(ok(getattr(self, f)), f, expected)
     kind = type(self.schedule)
     for f,(ok,expected) in _VALID[kind].items():
@@ -170,7 +171,7 @@ def replace(self:Recipe,
 ) -> Recipe:
     "A copy with other values"
     if unknown := sorted(set(kw) - {f.name for f in fields(Recipe)}):
-        raise InputError(f"a recipe has no {', '.join(unknown)}: its fields are {_names}.")
+        raise InputError(f"a recipe has no {', '.join(unknown)}: its fields are {_names}. [help: recipe]")
     return _replace(self, **kw)
 
 # %% ../nbs/13_recipes.ipynb #7d92db91
@@ -211,7 +212,8 @@ def from_dict(cls:Recipe,
     new = set(d) - {f.name for f in fields(Recipe)}
     if lacks or new:
         listed = lambda names: ', '.join(sorted(names)) or 'nothing'
-        raise InputError(f"not a recipe: {listed(lacks)} missing, {listed(new)} unknown; its fields are {_names}.")
+        raise InputError(f"not a recipe: {listed(lacks)} missing, {listed(new)} unknown; its fields are {_names}. "
+                         "[help: recipe]")
     return Recipe(**{k: _schedule(v) if k == 'schedule' else _as_tuple(v) for k,v in d.items()})
 
 def _as_tuple(v): return tuple(v) if isinstance(v, list) else v
@@ -223,11 +225,11 @@ def _schedule(d):
     known = SCHEDULES.get(kind) if isinstance(kind, str) else None
     if known is None:
         raise InputError(f"unknown schedule {d!r}: expected a dict with kind, one of {', '.join(SCHEDULES)}, "
-                         "and its fields.")
+                         "and its fields. [help: recipe]")
     try: return known(**{k: _as_tuple(v) for k,v in d.items() if k != 'kind'})
     except (TypeError, AttributeError):
         own = ', '.join(f.name for f in fields(known)) or 'none'
-        raise InputError(f"schedule {d!r}: {kind} has the fields {own}.") from None
+        raise InputError(f"schedule {d!r}: {kind} has the fields {own}. [help: recipe]") from None
 
 # %% ../nbs/13_recipes.ipynb #199f38ab
 _SHOWN = dict(sgd='SGD', rmsprop='RMSProp', adamw='AdamW', adam='Adam')
@@ -289,7 +291,7 @@ def get_recipe(
     "A recipe by name"
     if isinstance(name, Recipe): return name
     if isinstance(name, str) and name in RECIPES: return RECIPES[name]
-    raise InputError(f"there is no recipe named {name!r}: expected one of {', '.join(RECIPES)}.")
+    raise InputError(f"there is no recipe named {name!r}: expected one of {', '.join(RECIPES)}. [help: recipe]")
 
 # %% ../nbs/13_recipes.ipynb #4db466a8
 @patch

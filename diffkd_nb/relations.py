@@ -110,7 +110,7 @@ class CRD(Distiller):
         output:str|None=None # What the model's outputs mean, see `OUTPUTS`: samples of one class are no negatives
     ):
         super().__init__(plan, weight)
-        if why := output_refusal(type(self), output): raise ValueError(why)
+        if why := output_refusal(type(self), output): raise ValueError(f"{why} [help: scores]")
         self.temperature = check_number('temperature', temperature, positive=True)
         self.momentum, self.k = check_number('momentum', momentum), k
         embed = lambda role: nn.Linear(getattr(plan[0], role).shape[0], dim)
@@ -123,7 +123,8 @@ class CRD(Distiller):
 def _make_memory(self:CRD, n, dim):
     "Random vectors for every sample, and a place for the means of the first batch"
     for name,v,least in (('n_data', n, 2), ('k', self.k, 1), ('dim', dim, 1)):
-        if not isinstance(v, int) or v < least: raise ValueError(f"{name} must be an integer >= {least}, got {v!r}.")
+        if not isinstance(v, int) or v < least: raise ValueError(f"{name} must be an integer >= {least}, got {v!r}. "
+                                                                 "[help: method-options]")
     for role in ('student', 'teacher'):
         self.register_buffer(f'memory_{role}', (2*torch.rand(n, dim) - 1)*math.sqrt(3/dim))
     self.register_buffer('log_mean', torch.full((2,), math.nan))
@@ -137,10 +138,11 @@ def _sort_labels(self:CRD, labels, n):
     labels = torch.as_tensor(labels)
     if labels.shape != (n,):
         raise ValueError(f"labels must have one entry for each of the {n} training samples, "
-                         f"got shape {tuple(labels.shape)}.")
+                         f"got shape {tuple(labels.shape)}. [help: method-options]")
     _, group, count = labels.unique(return_inverse=True, return_counts=True)
     if len(count) < 2:
-        raise ValueError("labels has a single class, so no sample is a negative of another: pass labels=None.")
+        raise ValueError("labels has a single class, so no sample is a negative of another: pass labels=None. "
+                         "[help: method-options]")
     tables = dict(group=group, count=count, first=count.cumsum(0) - count, order=group.argsort(stable=True))
     for name,v in tables.items(): self.register_buffer(name, v, persistent=False)
 
@@ -166,7 +168,7 @@ def losses(self:CRD, student, teacher, target=None, draws=None, index=None):
     if index is None or index.shape != (len(student[0]),):
         got = None if index is None else tuple(index.shape)
         raise ValueError(f"CRD needs `index`, the places of the batch's {len(student[0])} samples in the training set, "
-                         f"got {got}: attach it with DistillCallback(teacher, 'crd').")
+                         f"got {got}: attach it with DistillCallback(teacher, 'crd'). [help: which-samples]")
     def embed(role, x): return unit_vector(self.adapters[0][role](x.mean((2, 3))))
     with no_autocast(student[0]):
         s, t = embed('student', student[0]), embed('teacher', teacher[0])

@@ -26,7 +26,7 @@ def released_name(
     for a,b in _RELEASED:
         if name.startswith(a): return b + name[len(a):]
     raise KeyError(f"{name!r} is not a parameter of the released DiffKD module: expected a name that starts with "
-                   f"{', '.join(a for a,_ in _RELEASED)}.")
+                   f"{', '.join(a for a,_ in _RELEASED)}. [help: weights]")
 
 # %% ../nbs/05b_released.ipynb #14c29c91
 def load_released(
@@ -36,7 +36,7 @@ def load_released(
 ) -> DiffKD: # The same module
     "Load released weights; `KeyError` or `RuntimeError` where names or shapes do not fit"
     state = {released_name(k[len(prefix):]): v for k,v in state.items() if k.startswith(prefix)}
-    if not state: raise KeyError(f"no entry of the state dict starts with {prefix!r}.")
+    if not state: raise KeyError(f"no entry of the state dict starts with {prefix!r}. [help: weights]")
     own = module.state_dict()
     fits = lambda k, v: k in own and v.numel() == own[k].numel()
     module.load_state_dict({k: v.view(own[k].shape) if fits(k, v) else v for k,v in state.items()})
@@ -51,7 +51,7 @@ def from_released(
     "Build a `DiffKD` from a released state dict, channels and kind read from the shapes"
     sd = {k[len(prefix):]: v for k,v in state.items() if k.startswith(prefix)}
     if 'trans.weight' not in sd:
-        raise KeyError(f"no {prefix + 'trans.weight'!r} in the state dict: is the prefix right?")
+        raise KeyError(f"no {prefix + 'trans.weight'!r} in the state dict: is the prefix right? [help: weights]")
     L, C = sd['trans.weight'].shape[:2]
     encoder = sd.get('ae.encoder.0.weight')
     latent, channels = (None, L) if encoder is None else (L, encoder.shape[1])

@@ -175,7 +175,7 @@ def _loaders(opened, job):
     recipe, n = opened.setup.recipe, world_size()
     if recipe.batch_size % n:
         raise InputError(f"a batch of {recipe.batch_size} cannot be divided among {n} processes: "
-                         "choose a batch size that can.")
+                         "choose a batch size that can. [help: processes]")
     loader = dict(eval_batch=job.eval_batch, **({} if job.workers is None else dict(num_workers=job.workers)))
     return opened.data.dls(recipe.batch_size//n, recipe.augmentation, opened.setup.seed, job.place, **loader)
 
@@ -358,7 +358,8 @@ def run(
 def _stored_setup(folder, teacher, data, trust):
     "What a stored run was, with the teacher's hash on record; `InputError` for what a stranger may not ask for"
     if links := [] if trust else leads_out(folder):
-        raise InputError(f"{links[0]} links to a place outside of the folder: pass trust=True if you trust it.")
+        raise InputError(f"{links[0]} links to a place outside of the folder: pass trust=True if you trust it. "
+                         "[help: trust]")
     try: m = read_manifest(folder, trust); s, spec = m['settings'], trusted_spec(m, folder, data, trust)
     except InputError as e: raise InputError(f"{folder/'manifest.json'}: {e}") from None
     recipe = Recipe.from_dict(s['recipe']).replace(ema=0.)
@@ -381,10 +382,11 @@ def stored_learner(
     for f in ('manifest.json', 'student.safetensors', 'distiller.safetensors'):
         if (folder/f).is_file(): continue
         raise InputError(f"{folder/f} is missing: expected a finished run made with keep_distiller=True "
-                         "(diffkd_train --keep-distiller).")
+                         "(diffkd_train --keep-distiller). [help: run-folder]")
     setup, teacher_hash = _stored_setup(folder, teacher, data, trust)
     opened = setup.open(Sources(weights)); t = opened.teacher
-    if t.hash != teacher_hash: raise InputError(f"{t.name} has other weights than the teacher of {folder}.")
+    if t.hash != teacher_hash: raise InputError(f"{t.name} has other weights than the teacher of {folder}. "
+                                                "[help: run-folder]")
     with registered_only(not trust):
         check_fit(opened.student, folder/'student.safetensors')
         learn = learner(opened, Job(folder, device, workers=num_workers))

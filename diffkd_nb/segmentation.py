@@ -33,13 +33,14 @@ def confusion(
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
     if pred.dim() == 4: n, pred = n or pred.shape[1], ToSize()(pred.float(), target.shape[1:]).max(1).indices # argmax is slower
-    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own.")
+    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own. "
+                               "[help: masks]")
     counted = target != (-100 if ignore is None else ignore)
     beyond = target[counted & ((target >= n) | (target < 0))]
     if len(beyond):
         wrong = int(beyond.max() if beyond.max() >= n else beyond.min())
         raise InputError(f"the masks have the class {wrong}, and the model gives {n} classes, 0 to {n-1}: give the value of void "
-                         "as ignore_index, or a model with more classes.")
+                         "as ignore_index, or a model with more classes. [help: masks]")
     rows = torch.where(counted, target.long(), n)       # void has a row of its own, which is left out
     return torch.bincount((rows*n + pred).flatten(), minlength=n*(n + 1))[:n*n].view(n, n)
 
@@ -106,7 +107,7 @@ class Segmentation(Task):
     def loss(self, recipe): return PixelCrossEntropy(VOID, label_smoothing=recipe.label_smoothing)
 
     def model(self, name, data, drop_path=0.):
-        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}.")
+        if drop_path: raise InputError(f"{name!r} takes no drop path, and the recipe has {drop_path:g}. [help: recipe]")
         size = data.size or (data.shapes[0][0] if data.one_size else None)
         return segmentation_model(name, len(data.classes), size)
 
@@ -119,7 +120,7 @@ class Segmentation(Task):
 def teacher(self:Segmentation, spec, data, weights=None):
     "`'name@FILE'`; the file may also hold the weights of a library's model alone"
     name, _, f = spec.rpartition('@')
-    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}.")
+    if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
     with same_rng(): model = self.model(name, data)
     bare = isinstance(model, Scores) and not any(k.startswith('model.') for k in read_weights(f))
     load_weights(model.model if bare else model, f)

@@ -49,9 +49,11 @@ def read_mask(
     "The classes of a file; `UnreadableImage` for what is no mask"
     try:
         with Image.open(f) as im: x = np.array(im)
-    except UNREADABLE as e: raise UnreadableImage(f"mask {f} cannot be read: {e}. Remove or repair it.") from None
+    except UNREADABLE as e: raise UnreadableImage(f"mask {f} cannot be read: {e}. Remove or repair it. "
+                                                  "[help: unreadable-file]") from None
     if x.ndim != 2:
-        raise UnreadableImage(f"mask {f} has {x.shape[-1]} colours a pixel, expected one number, the class.")
+        raise UnreadableImage(f"mask {f} has {x.shape[-1]} colours a pixel, expected one number, the class. "
+                              "[help: masks]")
     x = x.astype(np.int64)
     found = np.where((x >= 0) & (x < 256), table[x.clip(0, 255)], 254)
     if (found == 254).any(): raise UnreadableImage(_beyond(f, table, sorted(set(x[found == 254].tolist()))))
@@ -62,7 +64,7 @@ def _beyond(f, table, values):
     known = [i for i,c in enumerate(table) if c < 254]
     few = ', '.join(map(str, values[:5])) + (', ...' if len(values) > 5 else '')
     return (f"mask {f} has the values {few}, and the {len(known)} classes have {known[0]} to {known[-1]}: "
-            "does the list of classes fit, and is void named (void=...)?")
+            "does the list of classes fit, and is void named (void=...)? [help: masks]")
 
 # %% ../nbs/15_segmentation_data.ipynb #ef0af5b7
 def sides(
@@ -85,9 +87,10 @@ def _joint(names):
     for kind,text in asked.items():
         if kind in read and read[kind](text): continue
         raise InputError(f"augmentation {f'{kind}:{text}' if text else kind!r} is not one for pictures with masks: expected "
-                         "'flip', 'scale:LOW-HIGH' (such as 'scale:0.5-2'), 'crop' or 'crop:HEIGHTxWIDTH'.")
+                         "'flip', 'scale:LOW-HIGH' (such as 'scale:0.5-2'), 'crop' or 'crop:HEIGHTxWIDTH'. "
+                         "[help: recipe]")
     if 'scale' in asked and 'crop' not in asked:
-        raise InputError("augmentation 'scale' makes pictures of many sizes: name 'crop' too.")
+        raise InputError("augmentation 'scale' makes pictures of many sizes: name 'crop' too. [help: recipe]")
     return {kind: read[kind](text) for kind,text in asked.items()}
 
 # %% ../nbs/15_segmentation_data.ipynb #82ed81af
@@ -142,7 +145,8 @@ class MaskDataset:
         if self.kept is not None and i in self.kept: return self.kept[i]
         f, m = self.pairs[i]
         try: x = read_pixels(f)
-        except UNREADABLE as e: raise UnreadableImage(f"image {f} cannot be read: {e}. Remove or repair it.") from None
+        except UNREADABLE as e: raise UnreadableImage(f"image {f} cannot be read: {e}. Remove or repair it. "
+                                                      "[help: unreadable-file]") from None
         pair = x, read_mask(m, self.table)
         if self.kept is not None: self.kept[i] = pair
         return pair
@@ -211,21 +215,23 @@ def _shape(f):
     "(height, width) of a file, without reading its pixels"
     try:
         with Image.open(f) as im: return im.height, im.width
-    except UNREADABLE as e: raise InputError(f"{f} cannot be read as a picture: {e}. Remove or repair it.") from None
+    except UNREADABLE as e: raise InputError(f"{f} cannot be read as a picture: {e}. Remove or repair it. "
+                                             "[help: unreadable-file]") from None
 
 @patch
 def _check(self:SegmentationData):
     "Refuse what does not belong together"
     if not 2 <= len(self.classes) < 254 or len(set(self.classes)) < len(self.classes):
-        raise InputError(f"{self.name} has {len(self.classes)} classes, expected 2 to 253 different names.")
+        raise InputError(f"{self.name} has {len(self.classes)} classes, expected 2 to 253 different names. "
+                         "[help: masks]")
     found = []
     for pairs,what in zip(self.pairs, ('training', 'validation')):
-        if not pairs: raise InputError(f"{self.name} has no {what} pictures in {self.folder}.")
+        if not pairs: raise InputError(f"{self.name} has no {what} pictures in {self.folder}. [help: too-little-data]")
         found.append([_shape(f) for f,_ in pairs])
         for (f,m),shape in zip(pairs, found[-1]):
             if (other := _shape(m)) == shape: continue
             raise InputError(f"mask {m} is {other[0]}x{other[1]} and its picture {f.name} is {shape[0]}x{shape[1]} "
-                             "(height x width): both must be of one size.")
+                             "(height x width): both must be of one size. [help: masks]")
     object.__setattr__(self, 'shapes', tuple(found))
 
 # %% ../nbs/15_segmentation_data.ipynb #8e1a0543
@@ -250,7 +256,7 @@ def dls(self:SegmentationData,
     sizes = {*self.shapes[0]} if not self.size else set()
     if len(sizes) > 1 and train.crop in (None, True):
         raise InputError(f"{self.name} has pictures of {len(sizes)} sizes: name one (size=HEIGHTxWIDTH), or use a recipe "
-                         "with 'crop:HEIGHTxWIDTH'.")
+                         "with 'crop:HEIGHTxWIDTH'. [help: data-options]")
     small = 4*sum(math.prod(s) for shapes in self.shapes for s in shapes) < _KEEP
     device, workers = torch.device(device or 'cpu'), (0 if small else 2) if num_workers is None else num_workers
     kw = dict(stats=self.stats, seed=seed, num_workers=workers, pin_memory=device.type == 'cuda')
@@ -285,29 +291,33 @@ def _matched(images, masks, suffix='', end=''):
     lacks = [f for f in pictures if name(f) not in by_name]
     if lacks:
         raise InputError(f"picture {lacks[0]} has no mask: expected {masks}/{name(lacks[0])}.png"
-                         f"{f' (and {len(lacks) - 1} more)' if len(lacks) > 1 else ''}.")
+                         f"{f' (and {len(lacks) - 1} more)' if len(lacks) > 1 else ''}. [help: masks]")
     return [(f, by_name[name(f)]) for f in pictures]
 
 # %% ../nbs/15_segmentation_data.ipynb #582b932b
 def _listed(pairs, f):
     "Pairs that are not in a file of names, and those that are, in its order"
     try: names = [Path(l.split()[0]).stem for l in f.read_text().splitlines() if l.split()]
-    except (OSError, UnicodeDecodeError) as e: raise InputError(f"{f} cannot be read as a list of names: {e}.") from None
+    except (OSError, UnicodeDecodeError) as e: raise InputError(f"{f} cannot be read as a list of names: {e}. "
+                                                                "[help: unreadable-file]") from None
     known = {p[0].stem: p for p in pairs}
-    if lacks := [n for n in names if n not in known]: raise InputError(f"{f} names {lacks[0]!r}, and there is no such picture.")
+    if lacks := [n for n in names if n not in known]: raise InputError(f"{f} names {lacks[0]!r}, and there is no such picture. "
+                                                                       "[help: data-folder]")
     return [p for p in pairs if p[0].stem not in set(names)], [known[n] for n in names]
 
 def _in_folders(images, masks, suffix, valid):
     "Pairs of both splits from `images/train`, `images/val` and the like"
     there = next((v for v in ([valid] if valid else _VALID) if (images/v).is_dir()), None)
-    if there is None: raise InputError(f"{images} has train/ and no {valid or ' or '.join(_VALID)}/ beside it.")
+    if there is None: raise InputError(f"{images} has train/ and no {valid or ' or '.join(_VALID)}/ beside it. "
+                                       "[help: data-folder]")
     return tuple(_matched(images/s, masks/s, suffix) for s in ('train', there))
 
 # %% ../nbs/15_segmentation_data.ipynb #eb7490f3
 def _divided(folder, images, masks, suffix='', valid=''):
     "Pairs of both splits, however they are divided"
     for d,option in ((images, 'images'), (masks, 'masks')):
-        if not d.is_dir(): raise InputError(f"{d} is not a folder: name it ({option}=NAME after the question mark).")
+        if not d.is_dir(): raise InputError(f"{d} is not a folder: name it ({option}=NAME after the question mark). "
+                                            "[help: data-folder]")
     if (images/'train').is_dir(): return _in_folders(images, masks, suffix, valid)
     pairs = _matched(images, masks, suffix)
     f = folder/valid if valid else next((folder/n for n in _FILES if (folder/n).is_file()), None)
@@ -319,11 +329,13 @@ def _named(f, void=''):
     "Classes of a file of names, their values, and the values of void, which may be named or numbered"
     try: names = [l.strip() for l in f.read_text().splitlines() if l.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{f} cannot be read as a list of classes, one name a line: {e}.") from None
+        raise InputError(f"{f} cannot be read as a list of classes, one name a line: {e}. "
+                         "[help: unreadable-file]") from None
     nothing = [i for i,n in enumerate(names) if n.lower() in ([void.lower()] if void else _UNNAMED)]
     if void and not nothing:
         if not (void.isdigit() and int(void) < 256):
-            raise InputError(f"{f} has no class {void!r}: void is a name in it, or a value from 0 to 255.")
+            raise InputError(f"{f} has no class {void!r}: void is a name in it, or a value from 0 to 255. "
+                             "[help: masks]")
         nothing = [int(void)]
     values = [i for i in range(len(names)) if i not in nothing]
     return [names[i] for i in values], tuple(values), tuple(nothing)
@@ -340,7 +352,7 @@ def _camvid(folder, valid):
     masks = next((folder/n for n in ('masks', 'labels') if (folder/n).is_dir()), None)
     if masks is None or not (folder/'codes.txt').is_file():
         raise InputError(f"{folder} holds no CamVid: expected train/, trainannot/, val/, valannot/ as for SegNet, or images/, "
-                         "labels/ (or masks/) and codes.txt as in fastai's URLs.CAMVID.")
+                         "labels/ (or masks/) and codes.txt as in fastai's URLs.CAMVID. [help: data-folder]")
     suffix = '_P' if next((f for f in _images(masks) if f.stem.endswith('_P')), None) else ''
     return _divided(folder, folder/'images', masks, suffix, valid), *_named(folder/'codes.txt')
 
@@ -352,10 +364,11 @@ def _cityscapes(folder, valid):
     "Pairs of both splits, classes, values, void"
     images, masks, splits = folder/'leftImg8bit', folder/'gtFine', []
     if not (images/'train').is_dir() or not (masks/'train').is_dir():
-        raise InputError(f"{folder} holds no Cityscapes: expected leftImg8bit/train and gtFine/train in it.")
+        raise InputError(f"{folder} holds no Cityscapes: expected leftImg8bit/train and gtFine/train in it. "
+                         "[help: data-folder]")
     if next(masks.glob('train/*/*_gtFine_labelTrainIds.png'), None) is None:
         raise InputError(f"{masks} has no *_gtFine_labelTrainIds.png: make them with cityscapesscripts "
-                         "(csCreateTrainIdLabelImgs).")
+                         "(csCreateTrainIdLabelImgs). [help: data-folder]")
     for s in ('train', valid or 'val'):
         splits.append(_matched(images/s, masks/s, '_gtFine_labelTrainIds', '_leftImg8bit'))
     return splits, CITYSCAPES, None, ()
@@ -376,11 +389,13 @@ def _said(spec, kind, query):
     asked = named_options(f'{spec}: {kind}', query, [*_GENERAL, *(_MORE if kind == 'segmentation' else ())])
     for k in ('holdout', 'limit'):
         if k in asked and not (asked[k].isdigit() and int(asked[k])):
-            raise InputError(f"{spec}: {k} must be a positive whole number, got {asked[k]!r}.")
+            raise InputError(f"{spec}: {k} must be a positive whole number, got {asked[k]!r}. [help: data-options]")
     if 'holdout' in asked and 'valid' in asked:
-        raise InputError(f"{spec}: holdout takes the place of the validation pictures, and valid names them: leave one out.")
+        raise InputError(f"{spec}: holdout takes the place of the validation pictures, and valid names them: leave one out. "
+                         "[help: data-options]")
     if 'size' in asked and not sides(asked['size']):
-        raise InputError(f"{spec}: size must be HEIGHTxWIDTH, such as 180x240, got {asked['size']!r}.")
+        raise InputError(f"{spec}: size must be HEIGHTxWIDTH, such as 180x240, got {asked['size']!r}. "
+                         "[help: data-options]")
     return asked
 
 # %% ../nbs/15_segmentation_data.ipynb #f8954ad2
@@ -391,10 +406,12 @@ def open_segmentation(
     kind, _, rest = str(spec).partition(':')
     path, _, query = rest.partition('?')
     folder, asked = Path(path), _said(spec, kind, query)
-    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and masks in it.")
+    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and masks in it. "
+                                             "[help: data-folder]")
     n, limit = int(asked.get('holdout', 0)), int(asked.get('limit', 0))
     (train, valid), *what = _LAYOUTS[kind](folder, asked.get('valid', ''), **{k: asked[k] for k in _MORE if k in asked})
-    if n >= len(train): raise InputError(f"{spec}: {len(train)} training pictures are too few to hold out {n}.")
+    if n >= len(train): raise InputError(f"{spec}: {len(train)} training pictures are too few to hold out {n}. "
+                                         "[help: too-little-data]")
     if n: train, valid = train[:-n], train[-n:]
     if limit: train = [train[i] for i in sorted({*np.linspace(0, len(train) - 1, limit).round().astype(int).tolist()})]
     said = [f'{n} held out' if n else asked.get('valid', ''), asked.get('size', '')]

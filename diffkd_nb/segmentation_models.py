@@ -115,7 +115,8 @@ def load_encoder(
     cut = next((c for c in ('', 'body.') if fits(c)), None)
     if cut is None:
         lacks = next(k for k in wanted if k not in sd or sd[k].shape != own[k].shape)
-        raise InputError(f"{path} does not fit the encoder {type(encoder).__name__}: {lacks} is missing or of another shape.")
+        raise InputError(f"{path} does not fit the encoder {type(encoder).__name__}: {lacks} is missing or of another shape. "
+                         "[help: weights]")
     encoder.load_state_dict({k: sd[k.removeprefix(cut)].to(own[k].dtype) if k in wanted else own[k] for k in own})
     return encoder
 
@@ -132,7 +133,7 @@ def _encoder(name, finest):
     if getattr(made, 'func', made) is MobileNetV1: return MobileEncoder(finest, **getattr(made, 'keywords', {}))
     if timm.is_model(name) and not set(name) & set(':/'): return TimmEncoder(name, finest)
     raise InputError(f"there is no encoder named {name!r}: expected small:WIDTH, mobilenetv1, mobilenetv1_075_tf or "
-                     "a name of timm.")
+                     "a name of timm. [help: model-name]")
 
 def _may_load():
     "Whether a model is more than the place for weights that follow, as in `verify`"
@@ -167,7 +168,8 @@ class Scores(nn.Module):
 def _import_smp():
     try: import segmentation_models_pytorch as smp
     except ImportError:
-        raise InputError("models named smp:... need segmentation_models_pytorch: pip install 'diffkd_nb[dense]'.") from None
+        raise InputError("models named smp:... need segmentation_models_pytorch: pip install 'diffkd_nb[dense]'. "
+                         "[help: optional-extra]") from None
     return smp
 
 def _smp_arguments(cls, asked):
@@ -181,7 +183,8 @@ def _smp_arguments(cls, asked):
 def _smp(name, rest, n_classes, size):
     smp, (arch, _, text) = _import_smp(), rest.partition('?')
     known = sorted(n for n in dir(smp) if inspect.isclass(getattr(smp, n)) and issubclass(getattr(smp, n), nn.Module))
-    if arch not in known: raise InputError(f"there is no model named {name!r}: of smp expected one of {', '.join(known)}.")
+    if arch not in known: raise InputError(f"there is no model named {name!r}: of smp expected one of {', '.join(known)}. "
+                                           "[help: model-name]")
     cls, ours = getattr(smp, arch), ('classes', 'in_channels', 'encoder_name', 'encoder_weights', 'aux_params')
     more = [k for k,p in inspect.signature(cls).parameters.items() if k not in ours and p.kind is not p.VAR_KEYWORD]
     asked = _options(name, text, ('encoder', 'output_stride', 'weights', *more))
@@ -190,7 +193,8 @@ def _smp(name, rest, n_classes, size):
     if start == 'imagenet' and _may_load(): kw['encoder_weights'] = start
     try: model = cls(classes=n_classes, **kw)
     except Exception as e:
-        raise InputError(f"model {name!r} cannot be made: {(str(e).splitlines() or [repr(e)])[0][:200]}.") from None
+        raise InputError(f"model {name!r} cannot be made: {(str(e).splitlines() or [repr(e)])[0][:200]}. "
+                         "[help: model-name]") from None
     if stride: model.encoder.make_dilated(stride); model.encoder._output_stride = stride
     if start not in (None, 'imagenet') and _may_load(): load_encoder(model.encoder, start)
     if hasattr(model, 'segmentation_head'): model.segmentation_head[1] = nn.Identity()
@@ -200,14 +204,15 @@ def _smp(name, rest, n_classes, size):
 # %% ../nbs/15a_segmentation_models.ipynb #af09b10a
 def _torchvision(name, rest, n_classes, size):
     known = torchvision.models.list_models(torchvision.models.segmentation)
-    if rest not in known: raise InputError(f"there is no model named {name!r}: of torchvision expected {', '.join(known)}.")
+    if rest not in known: raise InputError(f"there is no model named {name!r}: of torchvision expected {', '.join(known)}. "
+                                           "[help: model-name]")
     return Scores(torchvision.models.get_model(rest, weights=None, weights_backbone=None, num_classes=n_classes))
 
 def _unet(name, rest, n_classes, size):
     from fastai.vision.learner import create_unet_model
     if rest not in torchvision.models.list_models(torchvision.models) or size is None:
         raise InputError(f"there is no model named {name!r}: expected unet:NAME with a classifier of torchvision, and "
-                         "pictures of one size (size=HEIGHTxWIDTH).")
+                         "pictures of one size (size=HEIGHTxWIDTH). [help: model-name]")
     return create_unet_model(getattr(torchvision.models, rest), n_classes, tuple(size), pretrained=False)
 
 # %% ../nbs/15a_segmentation_models.ipynb #3a8fadf6
@@ -222,7 +227,8 @@ def segmentation_model(
     kind, _, rest = str(name).partition(':')
     if kind not in _MAKERS:
         raise InputError(f"there is no segmentation network named {name!r}: expected "
-                         "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or pyramid:ENCODER.")
+                         "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or pyramid:ENCODER. "
+                         "[help: model-name]")
     return _MAKERS[kind](name, rest, n_classes, size)
 
 # %% ../nbs/15a_segmentation_models.ipynb #57e8a0fc

@@ -84,12 +84,13 @@ def _check(self:Setup):
     method = parse_method(self.method)
     teachers = tuple(p for t in self.teachers for p in teacher_parts(t)) if method.name != 'alone' else ()
     if method.name != 'alone' and not teachers and not is_teacherless(method):
-        raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors.")
+        raise InputError(f"method {str(method)!r} needs a teacher: pass NAME@FILE.safetensors. "
+                         "[help: untrained-teacher]")
     precision = self.precision or 'float32'
     if precision not in PRECISIONS:
-        raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}.")
+        raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}. [help: precision]")
     if self.teacher_engine not in ENGINES:
-        raise InputError(f"teacher_engine must be {ENGINES_TEXT}, got {self.teacher_engine!r}.")
+        raise InputError(f"teacher_engine must be {ENGINES_TEXT}, got {self.teacher_engine!r}. [help: argument]")
     for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
         object.__setattr__(self, name, value)
 
@@ -100,7 +101,7 @@ def to_dict(self:Setup) -> dict:
     for what,v in (('data', self.data), *(('teacher', t) for t in self.teachers)):
         if isinstance(v, (str, Path)): continue
         raise InputError(f"{what} must be a description such as 'cifar100:FOLDER' or 'resnet56@FILE.safetensors', "
-                         f"so that worker processes can open it, got {type(v).__name__}.")
+                         f"so that worker processes can open it, got {type(v).__name__}. [help: argument]")
     values = {f.name: getattr(self, f.name) for f in fields(self)}
     texts = dict(data=str(self.data), teachers=list(map(str, self.teachers)), method=str(self.method))
     return {**values, 'recipe': self.recipe.to_dict(), **texts}
@@ -152,7 +153,8 @@ def to_dict(self:Job) -> dict:
     "Plain values, for JSON"
     text = lambda v: v if v is None or isinstance(v, (bool, int, float)) else str(v)
     if not isinstance(self.cache, (str, Path, type(None))):
-        raise InputError(f"cache must be a folder that worker processes can use, got {type(self.cache).__name__}.")
+        raise InputError(f"cache must be a folder that worker processes can use, got {type(self.cache).__name__}. "
+                         "[help: teacher-cache]")
     return {f.name: text(getattr(self, f.name)) for f in fields(self)}
 
 @patch(cls_method=True)
@@ -168,7 +170,8 @@ def _one_precision(options):
     rest = {k: v for k,v in options.items() if k != 'amp'}
     amp, precision = options.get('amp'), options.get('precision')
     if amp is not None and precision not in (None, amp):
-        raise InputError(f"precision={precision!r} and amp={amp!r} contradict each other: leave amp out.")
+        raise InputError(f"precision={precision!r} and amp={amp!r} contradict each other: leave amp out. "
+                         "[help: precision]")
     return rest if amp is None else {**rest, 'precision': amp}
 
 _OWN = ('recipe', 'data', 'student', 'teachers', 'method', 'seed', 'out', 'threads', 'progress') # A comparison's own
@@ -183,7 +186,7 @@ def split_options(
     said = {v: k for k,v in _CALLED.items()}
     if unknown := [k for k in given if k not in names[0] + names[1]]:
         known = ', '.join(said.get(n, n) for n in names[0] + names[1])
-        raise TypeError(f"there is no option {', '.join(map(repr, unknown))}: expected {known}.")
+        raise TypeError(f"there is no option {', '.join(map(repr, unknown))}: expected {known}. [help: argument]")
     return tuple({k: given[k] for k in ns if k in given} for ns in names)
 
 # %% ../nbs/23_setup.ipynb #84538f5a
@@ -238,7 +241,7 @@ def _several(self:Sources, specs, data, stats):
     key = tuple(t if isinstance(t, nn.Module) else str(t) for t in specs)
     if any(t.stats != found[0].stats for t in found):
         raise InputError(f"{teacher_name(specs)} want inputs of different normalisations: several teachers see the same "
-                         "input, so take teachers that were trained alike, or one of them.")
+                         "input, so take teachers that were trained alike, or one of them. [help: other-input]")
     def make():
         model = Ensemble([t.model for t in found], task_of(data).output)
         return Teacher(teacher_name(specs), model, state_hash(model)), data
@@ -297,7 +300,8 @@ def settings(self:Opened) -> dict: # As in a manifest
 
 def _hash_of(file):
     "Hash of a file that a model's name asks for"
-    if not file.is_file(): raise InputError(f"{file} is not a file: expected the weights that the student starts from.")
+    if not file.is_file(): raise InputError(f"{file} is not a file: expected the weights that the student starts from. "
+                                            "[help: weights]")
     return file_hash(file)
 
 # %% ../nbs/23_setup.ipynb #19107764

@@ -35,7 +35,7 @@ def check_streams(
     elif any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in opened.student().modules()):
         why = f'{opened.setup.student} has dropout'
     if why: raise InputError(f"executor='streams' trains several runs in one process, whose random numbers would mix: {why}. "
-                             "Use executor='process'.")
+                             "Use executor='process'. [help: comparison]")
 
 # %% ../nbs/24b_streams.ipynb #74a24aa3
 _BEGUN = 10 # Steps after which a run has recorded its own

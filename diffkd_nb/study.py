@@ -144,7 +144,7 @@ def get_question(
     "A question by name"
     if isinstance(key, Question): return key
     if key in QUESTIONS: return QUESTIONS[key]
-    raise InputError(f"there is no question named {key!r}: expected one of {', '.join(QUESTIONS)}.")
+    raise InputError(f"there is no question named {key!r}: expected one of {', '.join(QUESTIONS)}. [help: comparison]")
 
 # %% ../nbs/32_study.ipynb #b150e768
 QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand on
@@ -255,7 +255,7 @@ def study(
     asked = q.seeds if seeds is None else tuple(seeds)
     if other := [n for n in asked if n not in q.seeds]:
         raise InputError(f"question {q.key} has the seeds {q.seeds}, got {other}: a seed of another question is no "
-                         "evidence.")
+                         "evidence. [help: comparison]")
     print(f'Question {q.key}: {q.asks}\n{cost_text(q.cost(out), jobs)}', flush=True)
     place = choose_device(device)
     on_gpu = dict(graph=True, eval_batch=2000) if place.type == 'cuda' else {}
@@ -285,14 +285,15 @@ def main(
     p.add_argument('--show', action='store_true', help='train nothing, print what is on record')
     add_fields(p, 'out', required=True); p._actions[-1].help = 'folder of the study; made if missing'
     a = p.parse_args(argv)
-    if not a.show and not (a.data and a.teacher): p.error('--data and --teacher are required (or --show)')
+    if not a.show and not (a.data and a.teacher): p.error('--data and --teacher are required (or --show) [help: argument]')
     return guarded('diffkd_study', lambda: _main(a), a.out)
 
 def _main(a):
     "Train, then print variants and answer"
     q = get_question(a.question)
     result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache, a.seeds, device=a.device)
-    if result is None and not a.out.is_dir(): raise InputError(f"{a.out} is not a folder: expected one of a study.")
+    if result is None and not a.out.is_dir(): raise InputError(f"{a.out} is not a folder: expected one of a study. "
+                                                               "[help: run-folder]")
     print(f'\n{q.asks}\n{cost_text(q.cost(a.out))}\n')
     if not q.cost(a.out).done.sum(): return 0
     print(q.variants_table(a.out).round(2).to_string(), '\n')

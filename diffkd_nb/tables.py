@@ -104,7 +104,8 @@ def get_table(
 ) -> Table: # `InputError` with the numbers for an unknown one
     "A table of the paper by its number"
     if str(number) in TABLES: return TABLES[str(number)]
-    raise InputError(f"the paper's table {number!r} is not one that can be run: expected {', '.join(TABLES)}.")
+    raise InputError(f"the paper's table {number!r} is not one that can be run: expected {', '.join(TABLES)}. "
+                     "[help: comparison]")
 
 # %% ../nbs/29_tables.ipynb #39959bb7
 def teacher_file(
@@ -119,7 +120,7 @@ def teacher_file(
     if found is not None: return f'{teacher}@{found}'
     raise InputError(f"the table's teacher {teacher!r} has no published weights: train it (diffkd_train --student "
                      f"{teacher!r} --method alone) and put the file into a folder as {name}.safetensors, then name the "
-                     "folder (weights=FOLDER, --weights FOLDER).")
+                     "folder (weights=FOLDER, --weights FOLDER). [help: weights]")
 
 # %% ../nbs/29_tables.ipynb #6dd9d83f
 def run_table(

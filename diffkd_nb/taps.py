@@ -127,7 +127,7 @@ def _kind_of_map(x, aspect):
     first, last = off(*x.shape[2:]), off(*x.shape[1:3])
     if abs(first - last) > .2: return 'map' if first < last else 'channels_last'
     raise ValueError(f"an output of shape {tuple(x.shape)} may have its channels on axis 1 or on axis 3: name the layout, "
-                     "taps=[dict(student=..., teacher=..., layout='map')] or 'channels_last'.")
+                     "taps=[dict(student=..., teacher=..., layout='map')] or 'channels_last'. [help: shape]")
 
 def _tokens(n, aspect, prefix, grids):
     "Layout of `n` tokens: the grid of a patch embedding, else one of the picture's aspect; None where there is none"
@@ -185,7 +185,7 @@ def to_map(
     grid = grid or _grid(x.shape[1], layout.aspect)
     if grid is None or math.prod(grid) != x.shape[1]:
         raise ValueError(f"{x.shape[1]} tokens are no grid of {grid or f'height over width {layout.aspect:.2f}'}: tap another "
-                         "module, or name the layout 'sequence'.")
+                         "module, or name the layout 'sequence'. [help: shape]")
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
 
 # %% ../nbs/00_taps.ipynb #c05933bf
@@ -273,12 +273,13 @@ def find_key(
     fields = fields_of(output)
     if key is not None:
         if key in fields: return key
-        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=.")
+        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=. "
+                         "[help: shape]")
     fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
     if shape is None and not fits: fits = [k for k in ('logits', 'out') if k in fields and fields[k].dim() == 4]
     if 'logits' in fits or len(fits) == 1: return 'logits' if 'logits' in fits else fits[0]
     raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
-                     "name the one to compare with output_key=, or tap a module inside or after it.")
+                     "name the one to compare with output_key=, or tap a module inside or after it. [help: shape]")
 
 def _listed(fields): return ', '.join(f'{k!r} {tuple(v.shape)}' for k,v in fields.items())
 
@@ -391,10 +392,11 @@ def last_words(
     "Name of the module that gives the last states of words (B, N, C); `ValueError` where there is none"
     if mask is None:
         raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), or a model "
-                         "with a method word_mask. Name two modules, or use 'feature'.")
+                         "with a method word_mask. Name two modules, or use 'feature'. [help: shape]")
     fits = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3 and r.output.shape[:2] == mask.shape]
     if fits: return _numbered(records)[fits[-1]]
-    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'.")
+    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'. "
+                     "[help: shape]")
 
 # %% ../nbs/00_taps.ipynb #b0c15edf
 def _map_size(model, records, i, aspect):
@@ -509,7 +511,7 @@ def check_pair(
     for m,role in ((student, 'student'), (teacher, 'teacher')):
         if not isinstance(m, nn.Module):
             raise TypeError(f"{role} must be an nn.Module (or a fastai Learner), "
-                            f"got {type(m).__name__}: {str(m)[:60]!r}.")
+                            f"got {type(m).__name__}: {str(m)[:60]!r}. [help: models]")
     student, teacher = unwrap(student), unwrap(teacher)
     if student is teacher:
         raise ValueError("teacher and student are the same object: the teacher would move with the student. "
@@ -547,7 +549,7 @@ def pyramid(
     found = [(r.name, m) for r in records if r.name and len(m := maps(r.output)) > 1]
     if found: return found[-1]
     raise ValueError(f"taps=['fpn'] compares the levels of a pyramid, and no module of the {role} gives a dict of maps: name the "
-                     "modules, taps=[(student, teacher, 'feature'), ...].")
+                     "modules, taps=[(student, teacher, 'feature'), ...]. [help: detectors]")
 
 def level_pairs(
     student:Sequence[Record], # From `dry_run` of the student
@@ -563,7 +565,8 @@ def level_pairs(
         yield f'fpn.{k}', 'feature', f'{s}[{k}]', f'{t}[{j}]', (layout, layout)
     if n: return
     sizes = lambda levels: ', '.join('x'.join(map(str, m.shape[2:])) for m in levels.values())
-    raise ValueError(f"the pyramids have no level of the same size: the student's are {sizes(mine)}, the teacher's {sizes(theirs)}.")
+    raise ValueError(f"the pyramids have no level of the same size: the student's are {sizes(mine)}, the teacher's {sizes(theirs)}. "
+                     "[help: detectors]")
 
 # %% ../nbs/00_taps.ipynb #286ca68a
 _HEADS = dict(cls_logits='classes', bbox_regression='boxes', bbox_ctrness='centres') # Fields of a dense head's output
@@ -579,12 +582,12 @@ def head_pairs(
     if not both:
         who = 'the student' if not mine else 'the teacher' if not theirs else 'one of them'
         raise ValueError("taps=['heads'] compares the dense heads of two one-stage detectors (RetinaNet, FCOS), and "
-                         f"{who} has none like it: use taps=['fpn'].")
+                         f"{who} has none like it: use taps=['fpn']. [help: detectors]")
     layout = Layout('sequence')
     for k in both:
         if mine[k].shape[1:] != theirs[k].shape[1:]:
             raise ValueError(f"the heads give {k} of {tuple(mine[k].shape[1:])} (student) and {tuple(theirs[k].shape[1:])} (teacher), "
-                             "anchors x values: both need the same anchors and classes.")
+                             "anchors x values: both need the same anchors and classes. [help: detectors]")
         yield f'head.{_HEADS[k]}', 'feature', f'head[{k}]', f'head[{k}]', (layout, layout)
 
 # %% ../nbs/00_taps.ipynb #051f0655
@@ -598,12 +601,13 @@ def roi_pairs(
     mine, theirs = (next((r.output for r in records if r.name == _ROI), None) for records in (student, teacher))
     if mine is None or theirs is None:
         raise ValueError("taps=['rois'] compares the box heads of two two-stage detectors (Faster R-CNN), and "
-                         f"{'the student' if mine is None else 'the teacher'} has none: use taps=['fpn'].")
+                         f"{'the student' if mine is None else 'the teacher'} has none: use taps=['fpn']. "
+                         "[help: detectors]")
     layout = Layout('vector')
     for i,name in enumerate(('classes', 'boxes')):
         if mine[i].shape[1] != theirs[i].shape[1]:
             raise ValueError(f"the box heads give {mine[i].shape[1]} (student) and {theirs[i].shape[1]} (teacher) values of {name} for a "
-                             "proposal: both need the same classes.")
+                             "proposal: both need the same classes. [help: detectors]")
         yield f'roi.{name}', 'feature', f'{_ROI}[{i}]', f'{_ROI}[{i}]', (layout, layout)
 
 _OF_DETECTORS = dict(fpn=level_pairs, heads=head_pairs, rois=roi_pairs) # Words for taps of detectors
@@ -620,11 +624,12 @@ def check_pictures(
     a, b = ({k: tuple(v) if isinstance(v, list) else v for k,v in view(t).items()} for t in (a, b))
     if isinstance(a['min_size'], tuple) and len(a['min_size']) > 1:
         raise ValueError(f"the student's transform draws min_size from {a['min_size']} in training, and the teacher takes one: give "
-                         "both one size, such as min_size=800.")
+                         "both one size, such as min_size=800. [help: detectors]")
     if other := [k for k in a if a[k] != b[k]]:
         said = ', '.join(f'{k} {a[k]} and {b[k]}' for k in other)
         raise ValueError(f"student and teacher see pictures at different sizes (transform: {said}): build both with the same "
-                         "min_size and max_size, or set teacher.transform = copy.deepcopy(student.transform) where normalisations agree.")
+                         "min_size and max_size, or set teacher.transform = copy.deepcopy(student.transform) where normalisations agree. "
+                         "[help: detectors]")
 
 # %% ../nbs/00_taps.ipynb #f2136edb
 def _call(name):
@@ -649,13 +654,14 @@ def _record(model, records, name, role):
                          f"say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or tap one that runs once. "
                          "[help: runs-again]")
     if k is not None and not 1 <= k <= len(found):
-        raise ValueError(f"module {name!r} of the {role} runs {len(found)} times in a forward pass, so there is no call {k}.")
+        raise ValueError(f"module {name!r} of the {role} runs {len(found)} times in a forward pass, so there is no call {k}. "
+                         "[help: runs-again]")
     return found[(k or 1) - 1], len(found)
 
 def _why_silent(model, role, name):
     script = _is_script(unwrap(model))
-    return f"module {name!r} of the {role} did not run in a forward pass: tap one that does." if not script else (
-        f"the {role} is a TorchScript model, which shows its output alone: distil the logits with taps=['logits'].")
+    return f"module {name!r} of the {role} did not run in a forward pass: tap one that does. [help: taps]" if not script else (
+        f"the {role} is a TorchScript model, which shows its output alone: distil the logits with taps=['logits']. [help: taps]")
 
 # %% ../nbs/00_taps.ipynb #fe862ed6
 def _place(model, records, name, role, aspect, kind, layout=None, key=None):
@@ -677,10 +683,11 @@ def _place(model, records, name, role, aspect, kind, layout=None, key=None):
 def _asked_layout(layout, x, aspect):
     "What the user says about a layout"
     if layout is None or isinstance(layout, Layout): return layout
-    if layout not in LAYOUTS: raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
+    if layout not in LAYOUTS: raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}. "
+                                               "[help: shape]")
     found = _tokens(x.shape[1], aspect or 1., None, {}) if layout == 'tokens' else Layout(layout, aspect=aspect or 1.)
     if found is not None: return found
-    raise ValueError(f"an output of shape {tuple(x.shape)} is no grid of tokens: use layout='sequence'.")
+    raise ValueError(f"an output of shape {tuple(x.shape)} is no grid of tokens: use layout='sequence'. [help: shape]")
 
 # %% ../nbs/00_taps.ipynb #8f0bc3de
 def _check_place(place, out, records, role):
@@ -690,7 +697,8 @@ def _check_place(place, out, records, role):
     if place.name == _ROI: batch = None         # has one row for each proposal
     if batch is not None and len(out) != batch:
         raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to stand on "
-                         "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers).")
+                         "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers). "
+                         "[help: shape]")
     if role == 'teacher' and not torch.isfinite(out).all():
         raise ValueError(f"the teacher's output at {where!r} is not finite (NaN or infinity) "
                          "on the first batch: check its weights and the normalisation of the input. [help: not-finite]")
@@ -708,11 +716,12 @@ def in_training(
     found, name = [r for r in records if r.name == place.name], place.name or '(output)'
     if len(found) != place.calls:
         raise ValueError(f"module {name!r} of the student runs {place.calls} times in eval mode and {len(found)} times in "
-                         "training mode: tap a module that runs as often in both.")
+                         "training mode: tap a module that runs as often in both. [help: in-training]")
     r = found[(place.call or 1) - 1]
     if r.blind:
         raise ValueError(f"module {name!r} of the student runs without gradient in training (inside torch.no_grad, or a "
-                         "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it.")
+                         "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it. "
+                         "[help: in-training]")
     if isinstance(r.output, Tensor): return place._replace(copied=place.copied or r.changed)
     own = place.key if place.key in fields_of(r.output) else None
     key = find_key(r.output, key if place.name == '' else own, where='in training mode the student')
@@ -727,7 +736,7 @@ def _run(model, role, xb):
     except Exception as e:
         shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of(list(xb)))
         raise ValueError(f"the {role} ({type(unwrap(model)).__name__}) fails on a batch of shape {shapes}: {e}. "
-                         "It must take the same input as the Learner's model.") from e
+                         "It must take the same input as the Learner's model. [help: models]") from e
 
 def _run_training(model, xb):
     "A dry run in training mode; None where training mode fails on so few samples"
@@ -742,9 +751,10 @@ def _as_list(taps):
     if taps is None: return ['feature', 'logits']
     if isinstance(taps, str) or not isinstance(taps, Sequence):
         raise ValueError("taps must be a list such as ['feature', 'logits'] or [('layer3', 'blocks.5')], "
-                         f"got {taps!r}.")
+                         f"got {taps!r}. [help: taps]")
     if len(taps): return taps
-    raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits'].")
+    raise ValueError("taps is empty: there is nothing to distil. Leave it out for the default, ['feature', 'logits']. "
+                     "[help: taps]")
 
 def _requests(taps, s_rec, t_rec, stages, words, key=None):
     "Turn what the user asked for into `(name, kind or None, student name, teacher name, two layouts)`"
@@ -770,10 +780,11 @@ def named_tap(
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
         raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, "
                          "teacher name), (student name, "
-                         f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}.")
+                         f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}. "
+                         "[help: taps]")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
-        raise ValueError(f"kind of tap {tuple(t)} must be {' or '.join(map(repr, KINDS))}, got {kind!r}.")
+        raise ValueError(f"kind of tap {tuple(t)} must be {' or '.join(map(repr, KINDS))}, got {kind!r}. [help: taps]")
     layouts = layouts if isinstance(layouts, (tuple, list)) and not isinstance(layouts, Layout) else (layouts, layouts)
     return (s if s == u else f'{s}~{u}') or 'logits', kind, s, u, layouts
 
@@ -791,7 +802,7 @@ def check_taps(
         else:
             name, _, s, u, layouts = named_tap(t)
             for m,n,role in ((student, s, 'student'), (teacher, u, 'teacher')): get_module(m, _call(_field(n)[0])[0], role)
-        if name in seen: raise ValueError(f"tap {name!r} is listed twice.")
+        if name in seen: raise ValueError(f"tap {name!r} is listed twice. [help: taps]")
         seen.append(name)
 
 # %% ../nbs/00_taps.ipynb #69e50468
@@ -854,10 +865,11 @@ def _check_sentences(asked, fits, same, by_word):
     "`ValueError` for a layout of sentences that cannot be"
     if any(a in _SENTENCES and not f for a,f in zip(asked, fits)):
         raise ValueError("layout 'words' or 'pooled' needs a sequence (B, N, C) whose words are known: inputs with an "
-                         "attention_mask of (B, N), or a model with a method word_mask. Use layout='sequence'.")
+                         "attention_mask of (B, N), or a model with a method word_mask. Use layout='sequence'. "
+                         "[help: shape]")
     if 'words' not in asked or same and by_word: return
     why = 'teacher and student read other words' if not same else 'this method does not leave padding out'
-    raise ValueError(f"layout 'words' compares word by word, and {why}: use layout='pooled'.")
+    raise ValueError(f"layout 'words' compares word by word, and {why}: use layout='pooled'. [help: shape]")
 
 # %% ../nbs/00_taps.ipynb #fe2c0473
 def gives_maps(
@@ -875,7 +887,7 @@ def _matched(place, other, classes):
     good = len(classes) == n and all(isinstance(t, int) and 0 <= t < m for t in theirs)
     if not good or not pairs or len(set(theirs)) < len(theirs):
         raise ValueError(f"classes must have an entry for each of the student's {n} outputs: the number of another one of the "
-                         f"teacher's {m} outputs, 0 to {m-1}, or None, got {classes}.")
+                         f"teacher's {m} outputs, 0 to {m-1}, or None, got {classes}. [help: other-classes]")
     pick = lambda p, which: p._replace(shape=(len(which), *p.shape[1:]), outputs=tuple(which))
     return (place if len(mine) == n else pick(place, mine)), pick(other, theirs)
 
@@ -890,8 +902,9 @@ def _check_tap(tap, plan):
                          "[help: other-classes]")
     if tap.kind == 'logits' and grid != other and [1, 1] in (grid, other):
         raise ValueError(f"the student gives scores of {grid[0]} x {grid[1]} positions and the teacher of {other[0]} x "
-                         f"{other[1]}: both must score positions, or both whole samples; or use taps=['feature'].")
-    if tap.name in [p.name for p in plan]: raise ValueError(f"tap {tap.name!r} is listed twice.")
+                         f"{other[1]}: both must score positions, or both whole samples; or use taps=['feature']. "
+                         "[help: scores]")
+    if tap.name in [p.name for p in plan]: raise ValueError(f"tap {tap.name!r} is listed twice. [help: taps]")
 
 def _is_output(records, name):
     "Whether the module called `name` gives the model's own output, or the class map that becomes it"
@@ -1016,14 +1029,16 @@ def _own(self:Capture, tap):
     if not calls: raise RuntimeError(self._why_missing(tap))
     if len(calls) != p.calls:
         raise RuntimeError(f"module {p.name!r} of the {self.role} ran {len(calls)} times in this forward pass and {p.calls} "
-                           "times when the taps were planned: tap a module that always runs as often.")
+                           "times when the taps were planned: tap a module that always runs as often. "
+                           "[help: in-training]")
     c = calls[(p.call or 1) - 1]
     if self.role != 'teacher' and self.began and self.began[0][1] and not c.grad:
         raise RuntimeError(f"tap {tap!r} of the {self.role} lies in a part that runs without gradient (torch.no_grad, or a "
-                           "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it.")
+                           "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it. "
+                           "[help: in-training]")
     if isinstance(c.output, Tensor) and c.version is not None and _version(c.output) != c.version:
         raise RuntimeError(f"what module {p.name!r} of the {self.role} gave was changed in place after it had been kept: "
-                           "plan in the mode in which this happens, or tap another module.")
+                           "plan in the mode in which this happens, or tap another module. [help: in-training]")
     return field_of(c.output, p.key), c
 
 @patch
@@ -1032,14 +1047,16 @@ def _why_missing(self:Capture, tap):
     p, here = self.places[tap], dict(unwrap(self.model).named_modules())
     text = f"tap {tap!r} of the {self.role} gave nothing in this forward pass"
     if self.strangers: return (f"{text}: a copy of the model ran in its place, as nn.DataParallel makes them. "
-                               "Train on one device, or with DistributedDataParallel (learn.distrib_ctx).")
+                               "Train on one device, or with DistributedDataParallel (learn.distrib_ctx). [help: data-parallel]")
     if all(m is not here.get(p.name) for m,_ in self.hooks):
-        return f"{text}: the module {p.name!r} was replaced since the taps were planned. Plan again (prepare(x), or a new fit)."
+        return (f"{text}: the module {p.name!r} was replaced since the taps were planned. Plan again (prepare(x), or a new fit). "
+                "[help: in-training]")
     if unwrap(self.model) is not self.model or any(hasattr(m, '_compiled_call_impl') and m._compiled_call_impl for m in here.values()):
         return (f"{text}. A model compiled and already run before training ignores new hooks: call torch._dynamo.reset() first, "
-                "or compile after attaching.")
-    if self.role == 'student' and not self.began: return f"{text}: the student did not run. Call the student on the batch first."
-    return f"{text}: the module {p.name!r} did not run. Tap one that runs in every forward pass."
+                "or compile after attaching. [help: in-training]")
+    if self.role == 'student' and not self.began:
+        return f"{text}: the student did not run. Call the student on the batch first. [help: plain-loop]"
+    return f"{text}: the module {p.name!r} did not run. Tap one that runs in every forward pass. [help: in-training]"
 
 # %% ../nbs/00_taps.ipynb #7fae83ed
 @patch
@@ -1049,7 +1066,7 @@ def _map(self:Capture, tap):
     x = x.dequantize() if x.is_quantized else x
     x = x.clone() if x.is_inference() else x
     wrong = ValueError(f"tap {tap!r} of the {self.role} gives {tuple(x.shape)}, and a {p.layout.kind} of {p.shape[0]} channels was "
-                       "planned: the model or its input has changed. Plan again (prepare(x), or a new fit).")
+                       "planned: the model or its input has changed. Plan again (prepare(x), or a new fit). [help: in-training]")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
     mask = word_mask(self.began[0][0], self.model) if p.layout.kind in _SENTENCES else None

@@ -43,7 +43,7 @@ def open(self:Task,
     download:bool=False # Fetch what is not there
 ): # Data
     "Open data by its description"
-    raise NotImplementedError(f"{type(self).__name__} does not say how its data is opened.")
+    raise NotImplementedError(f"{type(self).__name__} does not say how its data is opened. [help: own-task]")
 
 # %% ../nbs/14_task.ipynb #31d2d5c1
 @patch
@@ -53,7 +53,7 @@ def model(self:Task,
     drop_path:float=0. # Stochastic depth
 ) -> nn.Module: # Random weights
     "A model for the data by its name"
-    raise NotImplementedError(f"{type(self).__name__} does not say how a model is made.")
+    raise NotImplementedError(f"{type(self).__name__} does not say how a model is made. [help: own-task]")
 
 @patch
 def starts_from(self:Task,
@@ -68,7 +68,7 @@ def teacher(self:Task,
     weights:Path|None=None # Folder where files of published weights are looked for first
 ) -> nn.Module: # Trained
     "A trained model by its description"
-    raise NotImplementedError(f"{type(self).__name__} does not say how a teacher is made.")
+    raise NotImplementedError(f"{type(self).__name__} does not say how a teacher is made. [help: own-task]")
 
 # %% ../nbs/14_task.ipynb #46aabc9a
 @patch
@@ -77,7 +77,8 @@ def normalisation(self:Task,
     teacher=None # Description of the teacher
 ): # As it stands in a manifest, None for that of the data
     "How the teacher's input is normalised"
-    if asked is not None: raise InputError(f"teacher_stats does not go with {self.name}: leave it out, got {asked!r}.")
+    if asked is not None: raise InputError(f"teacher_stats does not go with {self.name}: leave it out, got {asked!r}. "
+                                           "[help: other-input]")
 
 @patch
 def transform(self:Task,
@@ -113,7 +114,7 @@ def evaluate(self:Task,
     **loader # Further arguments of the loaders
 ) -> dict: # The metric first; `valid_loss` where it is the mean over all samples
     "How good a model is on the validation set"
-    raise NotImplementedError(f"{type(self).__name__} does not say how a model is evaluated.")
+    raise NotImplementedError(f"{type(self).__name__} does not say how a model is evaluated. [help: own-task]")
 
 @patch
 def same(self:Task,
@@ -161,7 +162,8 @@ def normalisation(self:Classification, asked, teacher=None):
     if asked is None: return source.stats if source else None
     if not isinstance(asked, str): return asked
     if asked in STATS: return STATS[asked]
-    raise InputError(f"unknown normalisation {asked!r}: expected one of {', '.join(STATS)} or (mean, std).")
+    raise InputError(f"unknown normalisation {asked!r}: expected one of {', '.join(STATS)} or (mean, std). "
+                     "[help: other-input]")
 
 @patch
 def transform(self:Classification, data, stats):

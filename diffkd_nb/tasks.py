@@ -29,7 +29,7 @@ def get_task(
 ) -> Task: # `InputError` with the names for an unknown one
     "A task by its name"
     if name in TASKS: return TASKS[name]
-    raise InputError(f"there is no task named {name!r}: expected one of {', '.join(TASKS)}.")
+    raise InputError(f"there is no task named {name!r}: expected one of {', '.join(TASKS)}. [help: argument]")
 
 def task_of(
     data # Opened data, or the settings of a manifest

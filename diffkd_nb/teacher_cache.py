@@ -111,7 +111,8 @@ def content_key(
     try: _Content(f).dump(transform)
     except Exception as e:
         raise InputError(f"the teacher's cache cannot name what teacher_transform={transform!r} computes ({e}): use "
-                         "an object that holds its numbers as attributes, such as Renormalise, or leave the cache out.") from None
+                         "an object that holds its numbers as attributes, such as Renormalise, or leave the cache out. "
+                         "[help: teacher-cache]") from None
     try: source = inspect.getsource(cls)
     except (OSError, TypeError): source = ''
     return [f'{cls.__module__}.{cls.__qualname__}', *(sha256(b).hexdigest() for b in (source.encode(), f.getvalue()))]
@@ -135,10 +136,10 @@ class TeacherCache:
         "Begin an epoch: name what the records depend on; `InputError` for a loader whose views cannot be counted"
         if not isinstance(loader, ArrayDL):
             raise InputError("the teacher's cache needs a loader that numbers its views (diffkd_nb.data.array_dls), "
-                             f"got {type(loader).__name__}: leave the cache out.")
+                             f"got {type(loader).__name__}: leave the cache out. [help: teacher-cache]")
         if names := [t.name for t in kd.plan if t.form == 'words']:
             raise InputError(f"tap {names[0]!r} compares sentences word by word, and the teacher's cache keeps records of one "
-                             "size: name the tap with layout='pooled', or leave the cache out.")
+                             "size: name the tap with layout='pooled', or leave the cache out. [help: teacher-cache]")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.loader,self.places = loader,{t.name: t.teacher for t in kd.plan}
         self.n_views = 1 if loader.views is None else len(loader.views)
@@ -182,7 +183,7 @@ def maps(self:TeacherCache,
     dl, x = self.loader, xb[0]
     if len(dl.batch_index) != len(x):
         raise InputError("the batch was changed after the loader: the teacher's cache does not know "
-                         "which pictures these are.")
+                         "which pictures these are. [help: teacher-cache]")
     where = dl.batch_index*self.n_views + (0 if dl.batch_view is None else dl.batch_view)
     out, have = {}, torch.ones(len(x), dtype=torch.bool)
     for name in self.places:
@@ -219,5 +220,5 @@ def _check(self:TeacherCache, xb, run, have, out):
         was, now = out[name][rows[:n].to(m.device)].float(), m[:n].float()
         if was.shape != now.shape or (was - now).abs().max() > 2e-2*now.abs().max():
             raise InputError(f"the records in {self.folder} are not what the teacher says about these pictures: "
-                             "they were made by other code. Delete the folder, or name another.")
+                             "they were made by other code. Delete the folder, or name another. [help: teacher-cache]")
     self.checked = True

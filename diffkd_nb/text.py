@@ -111,10 +111,11 @@ def dls(self:TextData,
 ) -> DataLoaders:
     "DataLoaders of rows in memory"
     if augmentation:
-        raise InputError(f"sentences have no augmentation {augmentation}: use a recipe without one, such as 'text'.")
+        raise InputError(f"sentences have no augmentation {augmentation}: use a recipe without one, such as 'text'. "
+                         "[help: recipe]")
     if batch_size > self.n_train:
         raise InputError(f"{self.name}: {self.n_train} training sentences are fewer than one batch of {batch_size}: "
-                         "lower the batch size.")
+                         "lower the batch size. [help: too-little-data]")
     dev, found = torch.device(device or 'cpu'), []
     for rows,y,train in ((self.rows, self.y, True), (self.rows_valid, self.yv, False)):
         d = ArrayDataset(rows.to(dev), y.to(dev), self.classes); d.words = self.words
@@ -133,20 +134,23 @@ def _table(path, sep='\t'):
     "A table of texts; `InputError` for a file that is none"
     quoting = csv.QUOTE_NONE if sep == '\t' else csv.QUOTE_MINIMAL
     try: return pd.read_csv(path, sep=sep, quoting=quoting, keep_default_na=False, dtype=str)
-    except FileNotFoundError: raise InputError(f"{path} is missing.") from None
-    except (ValueError, OSError) as e: raise InputError(f"{path} cannot be read as a table: {e}") from None
+    except FileNotFoundError: raise InputError(f"{path} is missing. [help: data-folder]") from None
+    except (ValueError, OSError) as e: raise InputError(f"{path} cannot be read as a table: {e} "
+                                                        "[help: unreadable-file]") from None
 
 def _columns(path, table, *names):
     "Columns of a table"
     if lacks := [n for n in names if n not in table]:
-        raise InputError(f"{path} has no column {lacks[0]!r}: its columns are {', '.join(map(str, table))}.")
+        raise InputError(f"{path} has no column {lacks[0]!r}: its columns are {', '.join(map(str, table))}. "
+                         "[help: data-options]")
     return [table[n].tolist() for n in names]
 
 def _label_file(path):
     "TREC's own layout: `NUM:dist How far is it`, in Latin-1"
     lines = [l.strip() for l in path.read_text(encoding='latin-1').splitlines() if l.strip()]
     if any(':' not in l.partition(' ')[0] for l in lines):
-        raise InputError(f"{path} is no file of TREC questions: expected lines such as 'NUM:dist How far is it'.")
+        raise InputError(f"{path} is no file of TREC questions: expected lines such as 'NUM:dist How far is it'. "
+                         "[help: unreadable-file]")
     return [l.partition(':')[0] for l in lines], [l.partition(' ')[2] for l in lines]
 
 # %% ../nbs/16a_text.ipynb #84e6b21c
@@ -157,7 +161,7 @@ def _trec(folder):
     files = [folder/f'trec_{s}.tsv' for s in ('train', 'test')]
     if not files[0].is_file():
         raise InputError(f"{folder} holds no TREC: expected train_5500.label and TREC_10.label, "
-                         "or trec_train.tsv and trec_test.tsv.")
+                         "or trec_train.tsv and trec_test.tsv. [help: data-folder]")
     return [_columns(f, _table(f), 'coarse', 'question') for f in files]
 
 def _sst2(folder, valid):
@@ -166,7 +170,7 @@ def _sst2(folder, valid):
     if ours[0].is_file(): return [_columns(f, _table(f), 'positive', 'sentence') for f in ours]
     if not glue[0].is_file():
         raise InputError(f"{folder} holds no SST-2: expected train.tsv and dev.tsv of GLUE, "
-                         "or sst2_train.tsv and sst2_dev.tsv.")
+                         "or sst2_train.tsv and sst2_dev.tsv. [help: data-folder]")
     return [_columns(f, _table(f), 'label', 'sentence') for f in glue]
 
 # %% ../nbs/16a_text.ipynb #29548f4b
@@ -193,9 +197,10 @@ def _text_data(found, name, spec):
     kept = [i for i,t in enumerate(x) if t not in there]
     twice = f', {len(x) - len(kept)} that stand in both left out' if len(kept) < len(x) else ''
     classes = sorted(set(y))
-    if len(classes) < 2: raise InputError(f"{name} has sentences of {len(classes)} class: at least two are needed.")
+    if len(classes) < 2: raise InputError(f"{name} has sentences of {len(classes)} class: at least two are needed. "
+                                          "[help: too-little-data]")
     if new := sorted(set(yv) - set(classes)):
-        raise InputError(f"{name}: validation has the class {new[0]!r}, training has not.")
+        raise InputError(f"{name}: validation has the class {new[0]!r}, training has not. [help: data-folder]")
     number = {c: i for i,c in enumerate(classes)}
     labels = [torch.tensor([number[l] for l in ls]) for ls in ([y[i] for i in kept], yv)]
     title = f'{name} ({len(kept):,} for training{twice})'
@@ -213,8 +218,9 @@ def open_text(
     asked = named_options(f'{spec}: {kind}', query, _OPTIONS.get(kind, ()))
     n, split = asked.get('holdout', ''), asked.get('split', 'dev')
     if n and not (n.isdigit() and int(n)):
-        raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}.")
-    if split not in ('dev', 'test'): raise InputError(f"{spec}: split must be dev or test, got {split!r}.")
+        raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}. [help: data-options]")
+    if split not in ('dev', 'test'): raise InputError(f"{spec}: split must be dev or test, got {split!r}. "
+                                                      "[help: data-options]")
     if kind == 'csv': found = _own_table(Path(path), asked.get('text', 'text'), asked.get('label', 'label'))
     else: found = _trec(Path(path)) if kind == 'trec' else _sst2(Path(path), split)
     if n: found = _held_out(found, int(n))
@@ -303,13 +309,15 @@ class Transformer(nn.Module):
         super().__init__()
         try: from transformers import AutoModel, AutoTokenizer
         except ImportError:
-            raise InputError("models named hf:... need transformers: pip install 'diffkd_nb[text]'.") from None
+            raise InputError("models named hf:... need transformers: pip install 'diffkd_nb[text]'. "
+                             "[help: optional-extra]") from None
         try:
             with _quiet(): self.encoder = AutoModel.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             why = str(e).splitlines()[0]
-            raise InputError(f"hf:{name} is no folder of transformers and no name that can be had: {why}") from None
+            raise InputError(f"hf:{name} is no folder of transformers and no name that can be had: {why} "
+                             "[help: model-name]") from None
         self.words, self.known, self.state = words, {}, SentenceState('mean')
         self.head = nn.Linear(self.encoder.config.hidden_size, n_classes)
 
@@ -349,7 +357,7 @@ def text_model(
         return Transformer(size, words, n)
     if kind not in TEXT_MODELS or size and not (size.isdigit() and int(size)):
         raise InputError(f"there is no model of sentences named {name!r}: expected bigru:N, textcnn:N "
-                         "or hf:NAME_OR_FOLDER.")
+                         "or hf:NAME_OR_FOLDER. [help: model-name]")
     if kind == 'bigru': h = int(size or 64); return TextNet(words.entry, n, GRU(100, h), 2*h)
     c = int(size or 50); return TextNet(words.entry, n, Convolutions(100, c), 3*c)
 
@@ -364,5 +372,5 @@ class TextClassification(Classification):
 
     def teacher(self, spec, data, weights=None):
         name, _, file = spec.partition('@')
-        if not file: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}.")
+        if not file: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
         with same_rng(): return load_weights(text_model(name, data), file)

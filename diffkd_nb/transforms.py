@@ -103,7 +103,8 @@ def named(cls:Views,
     unknown = [a for a in augmentation if a not in ('crop', 'flip')]
     if unknown:
         raise InputError(f"augmentation {', '.join(map(repr, unknown))} is not available for images in memory, "
-                         "only 'crop' and 'flip': use a recipe with these, or class folders on disk (folder:PATH).")
+                         "only 'crop' and 'flip': use a recipe with these, or class folders on disk (folder:PATH). "
+                         "[help: recipe]")
     return cls(4 if 'crop' in augmentation else 0, 'flip' in augmentation) if augmentation else None
 
 # %% ../nbs/11_transforms.ipynb #3ee616c2
@@ -155,17 +156,19 @@ def make_augmentation(
     "One augmentation of a recipe; `InputError` for one that is not understood"
     kind, _, value = name.partition(':')
     if kind not in AUGMENTATIONS:
-        raise InputError(f"unknown augmentation {kind!r}: expected 'crop', {', '.join(map(repr, AUGMENTATIONS))}.")
+        raise InputError(f"unknown augmentation {kind!r}: expected 'crop', {', '.join(map(repr, AUGMENTATIONS))}. "
+                         "[help: recipe]")
     try: return AUGMENTATIONS[kind](value, size, stats)
     except (ValueError, AssertionError, KeyError) as e:
-        raise InputError(f"augmentation {name!r} is not understood: {e}.") from None
+        raise InputError(f"augmentation {name!r} is not understood: {e}. [help: recipe]") from None
 
 # %% ../nbs/11_transforms.ipynb #6473436e
 def _resizing(augmentations):
     "The interpolation that `'crop'` or `'crop:bicubic'` asks for, in training and validation"
     how = next((a.partition(':')[2] for a in augmentations if a.partition(':')[0] == 'crop'), '') or 'bilinear'
     if how not in ('bilinear', 'bicubic'):
-        raise InputError(f"augmentation 'crop:{how}' is not understood: expected 'crop' or 'crop:bicubic'.")
+        raise InputError(f"augmentation 'crop:{how}' is not understood: expected 'crop' or 'crop:bicubic'. "
+                         "[help: recipe]")
     return v2.InterpolationMode(how)
 
 # %% ../nbs/11_transforms.ipynb #b72119ce

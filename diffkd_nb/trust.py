@@ -51,7 +51,8 @@ def trusted_spec(
     if data is not None: return data
     spec = m['data']['spec'] or '?'
     if trust or spec == '?' or lies_inside(spec, folder): return spec
-    raise InputError(f"the manifest's {spec!r} is outside of the folder and not followed without trust=True (--trust).")
+    raise InputError(f"the manifest's {spec!r} is outside of the folder and not followed without trust=True (--trust). "
+                     "[help: trust]")
 
 # %% ../nbs/23b_trust.ipynb #39db0d61
 MOST = dict( # Bytes of a manifest, and numbers in it; `k` are CRD's samples, `option` is any other option of a method
@@ -121,7 +122,8 @@ def _check_bounds(m):
         if last not in (_at(m, where) if where else m): continue
         if ok(v := _at(m, place)): continue
         given = repr(v) if len(repr(v)) < 60 else repr(v)[:60] + '...'
-        raise InputError(f"{place} is {given}, expected {expected}; trust=True (--trust) takes it as it is")
+        raise InputError(f"{place} is {given}, expected {expected}; trust=True (--trust) takes it as it is "
+                         "[help: trust]")
 
 # %% ../nbs/23b_trust.ipynb #62ff19f8
 def _check_form(m):
@@ -129,14 +131,14 @@ def _check_form(m):
     another = 'it is not that of a run, or of another version: '
     wanted = ('settings', 'result', 'files', 'student_hash', 'data')
     lacks = [k for k in wanted if not isinstance(m, dict) or k not in m]
-    if lacks: raise InputError(f"{another}it has no {', '.join(lacks)}")
+    if lacks: raise InputError(f"{another}it has no {', '.join(lacks)} [help: run-folder]")
     wrong = [k for k in ('settings', 'result', 'files', 'data') if not isinstance(m[k], dict)]
-    if wrong: raise InputError(f"{another}{', '.join(wrong)} must hold names and values")
+    if wrong: raise InputError(f"{another}{', '.join(wrong)} must hold names and values [help: run-folder]")
     try: found = m['settings']['recipe']['epochs'], m['result'][task_of(m['settings']).metric], m['data']['spec']
-    except (KeyError, TypeError) as e: raise InputError(f"{another}{e!r}") from None
+    except (KeyError, TypeError) as e: raise InputError(f"{another}{e!r} [help: run-folder]") from None
     figures = [v for k,v in m['result'].items() if k == 'valid_loss' or k.endswith(task_of(m['settings']).metric)]
     if all(v is None or _number(v) for v in (found[0], *figures)): return
-    raise InputError(f"{another}its figures must be numbers")
+    raise InputError(f"{another}its figures must be numbers [help: run-folder]")
 
 # %% ../nbs/23b_trust.ipynb #3426ca0a
 def read_manifest(
@@ -145,9 +147,10 @@ def read_manifest(
 ) -> dict: # `InputError` for what is none, or asks for too much
     "The manifest of a run, perhaps of a stranger"
     f = Path(folder)/'manifest.json'
-    if (n := f.stat().st_size) > MOST['manifest']: raise InputError(f"it has {n:,} bytes, and none is that long")
+    if (n := f.stat().st_size) > MOST['manifest']: raise InputError(f"it has {n:,} bytes, and none is that long "
+                                                                    "[help: run-folder]")
     try: m = json.loads(f.read_text())
-    except (ValueError, RecursionError) as e: raise InputError(f'it is no JSON ({e})') from None
+    except (ValueError, RecursionError) as e: raise InputError(f'it is no JSON ({e}) [help: run-folder]') from None
     _check_form(m)
     if not trust: _check_bounds(m)
     return m

@@ -115,7 +115,7 @@ def _check_student(out, m, find, sources, device):
     task = task_of(s)
     try: data = sources.data(find(m))
     except InputError as e:
-        add(f'the student gives the {task.metric} of the manifest', None, f'the data is not here: {e} Pass data=.')
+        add(f'the student gives the {task.metric} of the manifest', None, f'the data is not here, pass data=: {e}')
         return checks
     if not add_same(add, sources.data_hash(data), s['data_hash']): return checks
     make, file = lambda: task.model(s['student'], data), out/'student.safetensors'
@@ -201,8 +201,9 @@ def verify(
 def _runs_below(folder):
     "Folders with something of a run in them"
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: expected a run (with manifest.json) or a folder of runs.")
+        raise InputError(f"{folder} is not a folder: expected a run (with manifest.json) or a folder of runs. "
+                         "[help: run-folder]")
     signs = ('manifest.json', 'checkpoint.pt', 'student.safetensors')
     runs = sorted({f.parent for name in signs for f in folder.rglob(name)})
-    if not runs: raise InputError(f"{folder} holds no runs: expected manifest.json in it or below.")
+    if not runs: raise InputError(f"{folder} holds no runs: expected manifest.json in it or below. [help: run-folder]")
     return runs

@@ -69,11 +69,12 @@ def _load_torch(path):
             why = (str(e).splitlines() or [''])[0].partition('. ')[0][:200] or type(e).__name__
             raise InputError(f"{path} cannot be read as weights of PyTorch without running code that is in it, "
                              f"or it is damaged: {why}. Save the weights alone: "
-                             "torch.save(model.state_dict(), FILE).") from None
+                             "torch.save(model.state_dict(), FILE). [help: weights]") from None
 
 def _load_safetensors(path):
     try: return load_file(path)
-    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e}") from None
+    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e} "
+                                            "[help: weights]") from None
 
 # %% ../nbs/12a_weights.ipynb #d4a63a2b
 def _plain(name):
@@ -91,7 +92,7 @@ def read_weights(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file: expected a safetensors file with the weights of a model, "
-                         "or a .pth file of PyTorch.")
+                         "or a .pth file of PyTorch. [help: weights]")
     with open(path, 'rb') as f: pickled = f.read(2)[:1] in (b'P', b'\x80') or path.suffix in _TORCH
     found = _load_torch(path) if pickled else _load_safetensors(path)
     sd = found if isinstance(found, Mapping) else {}
@@ -100,7 +101,8 @@ def read_weights(
     if weights or pickled and found == {}: return weights
     keys = ', '.join(map(str, [*sd][:5])) or 'nothing'
     kind = f"a whole {type(found).__name__}" if isinstance(found, _Unread) else keys
-    raise InputError(f"{path} holds {kind} and no weights: save them alone, torch.save(model.state_dict(), FILE).")
+    raise InputError(f"{path} holds {kind} and no weights: save them alone, torch.save(model.state_dict(), FILE). "
+                     "[help: weights]")
 
 # %% ../nbs/12a_weights.ipynb #a6c2a48d
 def _misfits(own, sd):
@@ -122,7 +124,7 @@ def _of_model(sd, own, path):
     fits = [p for p in prefixes if all(p + k in sd for k in wanted)]
     if len(fits) > 1:
         raise InputError(f"{path} holds several models with these names ({', '.join(fits)}): "
-                         "save the one that is meant.")
+                         "save the one that is meant. [help: weights]")
     return {k.removeprefix(fits[0]): v for k,v in sd.items() if k.startswith(fits[0])} if fits else sd
 
 # %% ../nbs/12a_weights.ipynb #fefd351e
@@ -130,7 +132,7 @@ def _refuse_misfits(path, model, sd):
     if not (wrong := _misfits(model.state_dict(), sd)): return
     who = f'{type(model).__name__} ({n_parameters(model):,} parameters)'
     raise InputError(f"{path} does not fit the model {who}: {wrong}. "
-                     "Is it the right architecture and number of classes?")
+                     "Is it the right architecture and number of classes? [help: weights]")
 
 # %% ../nbs/12a_weights.ipynb #f2c0f659
 def load_weights(
@@ -157,7 +159,8 @@ def check_fit(
     try:
         with safe_open(path, 'pt') as f:
             sd = {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
-    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e}") from None
+    except Exception as e: raise InputError(f"{path} cannot be read as a safetensors file: {e} "
+                                            "[help: weights]") from None
     _refuse_misfits(path, model, sd)
 
 # %% ../nbs/12a_weights.ipynb #bc2c1671
@@ -175,7 +178,7 @@ def load_teacher(
     stem = Path(path).stem
     if stem not in TEACHERS:
         raise InputError(f"{path}: expected a file named {', '.join(TEACHERS)} (.safetensors), "
-                         "or use load_weights(make_model(NAME, CLASSES), FILE).")
+                         "or use load_weights(make_model(NAME, CLASSES), FILE). [help: weights]")
     t = TEACHERS[stem]
     return load_weights(make_model(t['model'], t['n_classes'], 3, t['img_size']), path).eval()
 
@@ -197,9 +200,10 @@ def _timm_weights(name, bare, tag):
     c = timm.get_pretrained_cfg(bare)
     if tag != 'pretrained':
         raise InputError(f"{name}@{tag}: timm's weights belong to the name (timm:resnet50.a1_in1k@pretrained), "
-                         f"and {tag!r} is no file.")
+                         f"and {tag!r} is no file. [help: weights]")
     if c is None or not (c.hf_hub_id or c.url):
-        raise InputError(f"{name}@{tag}: timm publishes no weights of {bare!r}: give {name}@FILE.safetensors.")
+        raise InputError(f"{name}@{tag}: timm publishes no weights of {bare!r}: give {name}@FILE.safetensors. "
+                         "[help: weights]")
     full = bare if '.' in bare or not c.tag else f'{bare}.{c.tag}'
     url = f'https://huggingface.co/timm/{full}/resolve/main/model.safetensors' if c.hf_hub_id else c.url
     return Published(full, 'timm', tag, f'{full}.safetensors', url, (tuple(c.mean), tuple(c.std)), c.input_size[-1],
@@ -212,7 +216,7 @@ def _torchvision_weights(name, bare, tag):
     if tag == 'pretrained': tag = 'IMAGENET1K_V1' if 'IMAGENET1K_V1' in names else (names or [tag])[0]
     if tag not in names:
         raise InputError(f"{name}@{tag}: torchvision publishes {', '.join(names) or 'no weights'} for {bare}, "
-                         f"and {tag!r} is no file.")
+                         f"and {tag!r} is no file. [help: weights]")
     w = known[tag]
     t, fixed = w.transforms(), 'min_size' in w.meta and bare.startswith('vit')
     return Published(bare, 'torchvision', tag, w.url.rpartition('/')[2], w.url, (tuple(t.mean), tuple(t.std)),
@@ -228,7 +232,7 @@ def published_weights(
     if library == 'timm': return _timm_weights(name, bare, tag)
     if library == 'torchvision': return _torchvision_weights(name, bare, tag)
     raise InputError(f"{tag} is not a file, and nobody publishes weights of {name!r} "
-                     f"(timm and torchvision do for theirs): give {name}@FILE.safetensors.")
+                     f"(timm and torchvision do for theirs): give {name}@FILE.safetensors. [help: weights]")
 
 # %% ../nbs/12a_weights.ipynb #0e4c5288
 def load_published(
@@ -242,10 +246,11 @@ def load_published(
     except InputError: raise
     except Exception as e:
         why = (str(e).splitlines() or [''])[0]
-        if here: raise InputError(f"{f} does not hold the weights of {p.name}: {why or repr(e)}") from None
+        if here: raise InputError(f"{f} does not hold the weights of {p.name}: {why or repr(e)} "
+                                  "[help: weights]") from None
         raise InputError(f"the weights of {p.name} cannot be downloaded ({type(e).__name__}: {why[:120]}). "
                          f"Get {p.url}, put it into a folder as {p.file}, "
-                         "and name the folder (weights=FOLDER, --weights FOLDER).") from None
+                         "and name the folder (weights=FOLDER, --weights FOLDER). [help: weights]") from None
 
 # %% ../nbs/12a_weights.ipynb #26a69a5d
 def _from_file(p, f):
@@ -267,7 +272,8 @@ def classifier(
 ) -> tuple: # (dotted name, module)
     "The last linear layer; `InputError` where there is none"
     found = [(n, m) for n,m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not found: raise InputError(f"{type(model).__name__} has no linear layer that could be its classifier.")
+    if not found: raise InputError(f"{type(model).__name__} has no linear layer that could be its classifier. "
+                                   "[help: teacher-classifier]")
     return found[-1]
 
 # %% ../nbs/12a_weights.ipynb #720dd9d7
@@ -280,7 +286,7 @@ def keep_classes(
     wrong = [c for c in classes if not 0 <= c < old.out_features]
     if wrong:
         raise InputError(f"{type(model).__name__} has the classes 0 to {old.out_features - 1}, "
-                         f"asked for {', '.join(map(str, wrong[:5]))}.")
+                         f"asked for {', '.join(map(str, wrong[:5]))}. [help: other-classes]")
     new = nn.Linear(old.in_features, len(classes), bias=old.bias is not None).to(old.weight)
     with torch.no_grad():
         new.weight.copy_(old.weight[classes])
@@ -319,7 +325,7 @@ def _check_names(f, classes):
     if len(names) != len(classes): return        # the file will not fit, or keeps some of its classes
     few = lambda names: ', '.join(map(str, names[:5])) + (', ...' if len(names) > 5 else '')
     raise InputError(f"{f} was trained on the classes {few(names)} and the data has {few(classes)}: "
-                     "name the class folders alike, or train a teacher on this data.")
+                     "name the class folders alike, or train a teacher on this data. [help: other-classes]")
 
 # %% ../nbs/12a_weights.ipynb #fe775561
 def trained_model(

@@ -1,5 +1,5 @@
 "The installed commands as a user runs them: the functions that their scripts call, in workers, and one of the scripts itself"
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from importlib.metadata import distribution
 from pathlib import Path
 import pytest
@@ -65,3 +65,4 @@ def test_train_interrupt_go_on_verify(tmp_path):
 def test_a_mistake_is_one_message_and_leaves_nothing(name, args, says, tmp_path):
     r = command(name, *[str(tmp_path/'o') if a == 'OUT' else a for a in args])
     assert r.returncode == 2 and says in r.stderr and 'Traceback' not in r.stderr and not (tmp_path/'o').exists(), r.stderr
+    assert re.search(r' \[help: [a-z-]+\]$', r.stderr.strip()), r.stderr
