@@ -84,7 +84,7 @@ docs: install
 	$(BIN)/python tools/docs.py --out $(SITE)
 
 run: install
-	@test -f "$(NB)" || { echo 'Name a notebook: make run NB=nbs/00_taps.ipynb [FLAGS="slow cuda"]'; exit 1; }
+	@test -f "$(NB)" || { echo 'Name a notebook: make run NB=nbs/00f_taps.ipynb [FLAGS="slow cuda"]'; exit 1; }
 	$(BIN)/nbdev-test --save --do-print --timing --flags "$(FLAGS)" $(NB)
 	$(BIN)/nbdev-clean --fname $(NB)
 

@@ -27,7 +27,8 @@ from diffkd_nb.experiment import code_version, environment
 from diffkd_nb.fast import CudaGraphStep
 from diffkd_nb.models import make_model
 from diffkd_nb.recipes import get_recipe
-from diffkd_nb.taps import Capture, plan_taps
+from diffkd_nb.taps import plan_taps
+from diffkd_nb.capture import Capture
 from step import WARM, Clock, released_parts, sync
 
 NAMES = {'resnet18': 'torchvision:resnet18', 'resnet34': 'torchvision:resnet34', 'resnet50': 'torchvision:resnet50'}

@@ -1,8 +1,12 @@
 "Everything a notebook user needs: `from diffkd_nb.all import *`"
-from .taps import *
+from .layouts import *
 from .rng import *
 from .files import *
 from .padding import *
+from .records import *
+from .detectors import *
+from .taps import *
+from .capture import *
 from .noise_adapter import *
 from .autoencoder import *
 from .shared_linear import *

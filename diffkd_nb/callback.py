@@ -30,7 +30,9 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 from .rng import same_rng
 from .files import write_whole
-from .taps import check_taps, is_detector, named_tap, tensors_of, unwrap
+from .layouts import tensors_of, unwrap
+from .detectors import is_detector
+from .taps import check_taps, named_tap
 from .distiller import Context, check_number, output_refusal
 from .diffkd import DiffKD, DiffKDDistiller
 from .logits_since import Ensemble

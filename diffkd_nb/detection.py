@@ -17,7 +17,7 @@ from .detection_models import detection_model
 from .files import InputError
 from .rng import same_rng, seeded
 from .task import Task
-from .taps import unwrap
+from .layouts import unwrap
 from .weights import load_weights
 
 # %% auto #0

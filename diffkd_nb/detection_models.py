@@ -20,7 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork, misc
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from .files import InputError
 from .images import named_options
-from .taps import eval_mode
+from .records import eval_mode
 from .segmentation_models import _encoder, _may_load, load_encoder
 
 # %% auto #0

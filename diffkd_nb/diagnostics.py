@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastai.basics import Callback, ValueMetric
 from .rng import Draws
 from .files import InputError, write_whole
-from .taps import unwrap
+from .layouts import unwrap
 from .diffusion import N_TIMES
 from .diffkd import DiffKD, DiffKDDistiller, trajectory
 from .callback import distillation

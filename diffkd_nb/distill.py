@@ -30,7 +30,7 @@ from .models import library_of, make_model, n_parameters
 from .outputs import output_kind
 from .rng import same_rng
 from .statistics import contrasts, difference_text, verdict_word
-from .taps import tensors_of, unwrap
+from .layouts import tensors_of, unwrap
 
 # %% auto #0
 __all__ = ['Known', 'known_of', 'student_model', 'student_learner', 'DistillationReport', 'step_times', 'latency', 'distill']

@@ -19,7 +19,11 @@ from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .padding import PaddedNorm
-from .taps import Capture, check_pair, eval_mode, is_detector, moved, plan_table, plan_taps, tensors_of, unwrap
+from .layouts import moved, tensors_of, unwrap
+from .records import eval_mode
+from .detectors import is_detector
+from .taps import check_pair, plan_table, plan_taps
+from .capture import Capture
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
 from .methods import METHODS, Method, get_method

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .taps import Layout, Place, Tap, unwrap
+from .layouts import Layout, unwrap
+from .taps import Place, Tap
 from .rng import Draws
 from .losses import OUTPUTS
 

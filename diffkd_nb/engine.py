@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .taps import Capture, Place, tensors_of
+from .layouts import tensors_of
+from .taps import Place
+from .capture import Capture
 
 # %% auto #0
 __all__ = ['ENGINES', 'ENGINES_TEXT', 'COMPILE_SECONDS', 'foldable', 'fold', 'TeacherEngine', 'make_engine', 'TimeUp',

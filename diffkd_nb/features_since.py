@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .taps import Tap, unwrap
+from .layouts import unwrap
+from .taps import Tap
 from .rng import Draws
 from .losses import Scores, get_distance
 from .distiller import Distiller, all_samples, check_labels, check_number, no_autocast, to_float32

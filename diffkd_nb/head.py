@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .taps import Tap, get_module, unwrap
+from .layouts import get_module, unwrap
+from .taps import Tap
 from .losses import Scores
 from .distiller import Distiller, check_number, no_autocast, to_float32
 

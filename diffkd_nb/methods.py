@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import nn
 from .files import InputError
 from .rng import same_rng
-from .taps import Layout, Place, Tap
+from .layouts import Layout
+from .taps import Place, Tap
 from .distiller import Context, Distiller
 from .diffkd import DiffKD, DiffKDDistiller
 from .logit_methods import DIST, DKD, KD, OFA, dkd_loss, exit_branch, ofa_loss

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .taps import unwrap
+from .layouts import unwrap
 from .losses import OUTPUTS, mse_loss
 from .distiller import output_refusal
 from .methods import METHODS

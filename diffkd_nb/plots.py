@@ -20,7 +20,9 @@ from .diagnostics import Diagnosis
 from .diffkd import DiffKDDistiller, trajectory
 from .files import InputError
 from .rng import Draws
-from .taps import Capture, eval_mode, moved, unwrap
+from .layouts import moved, unwrap
+from .records import eval_mode
+from .capture import Capture
 
 # %% auto #0
 __all__ = ['attention_map', 'tap_features', 'denoised_maps', 'show_input', 'plot_maps', 'show_denoised', 'map_agreement',

@@ -32,7 +32,7 @@ from .recipes import Recipe
 from .record import make_manifest, peak_memory
 from .rng import rng_state, set_rng_state
 from .setup import Job, Opened, Setup, Sources, choose_device
-from .taps import unwrap
+from .layouts import unwrap
 from .tasks import open_data, task_of
 from .teacher_cache import TeacherCache
 from .trust import leads_out, read_manifest, trusted_spec

@@ -18,7 +18,7 @@ from .rng import same_rng
 from .segmentation_data import VOID, open_segmentation, _LAYOUTS
 from .segmentation_models import Scores, ToSize, encoder_file, segmentation_model
 from .task import Task
-from .taps import main_tensor
+from .records import main_tensor
 from .weights import load_weights, read_weights
 
 # %% auto #0

@@ -16,7 +16,7 @@ from .files import InputError
 from .rng import rng_state, set_rng_state
 from .run import run_setup
 from .setup import Sources
-from .taps import Capture
+from .capture import Capture
 
 # %% auto #0
 __all__ = ['SharedTeacher', 'StudentsShare', 'Stopped', 'Turns', 'said', 'run_together', 'check_shared', 'grouped']

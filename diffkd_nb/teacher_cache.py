@@ -18,7 +18,7 @@ from filelock import FileLock
 from .files import InputError, write_whole
 from .loaders import ArrayDL
 from .weights import state_hash
-from .taps import unwrap
+from .layouts import unwrap
 
 # %% auto #0
 __all__ = ['Store', 'content_key', 'TeacherCache']

@@ -19,7 +19,9 @@ from diffkd_nb.files import InputError
 from diffkd_nb.models import registered_only
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.run import run
-from diffkd_nb.taps import check_pictures, eval_mode, plan_taps
+from diffkd_nb.records import eval_mode
+from diffkd_nb.detectors import check_pictures
+from diffkd_nb.taps import plan_taps
 from diffkd_nb.tables import beside_paper, run_table, table_cost
 from diffkd_nb.tasks import open_data, task_of
 from diffkd_nb.verify import verify

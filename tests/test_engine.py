@@ -6,7 +6,8 @@ from diffkd_nb import callback
 from diffkd_nb.callback import DiffKDCallback, DistillCallback, distillation
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.engine import make_engine
-from diffkd_nb.taps import Capture, plan_taps
+from diffkd_nb.taps import plan_taps
+from diffkd_nb.capture import Capture
 from pairs import *
 
 

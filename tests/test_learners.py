@@ -12,7 +12,8 @@ from diffkd_nb.callback import DiffKDCallback, DistillCallback, TeacherlessCallb
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.methods import KD, METHODS
 from diffkd_nb.outputs import LEARNERS, method_table
-from diffkd_nb.taps import Capture, plan_taps
+from diffkd_nb.taps import plan_taps
+from diffkd_nb.capture import Capture
 
 X = torch.zeros(2, 3, 32, 32)
 def learner_of(student, cb, **kw): return make_learner(student, cbs=cb, **kw)

@@ -7,7 +7,8 @@ from diffkd_nb.diffkd import DiffKDDistiller
 from diffkd_nb.distiller import Distiller, as_distiller
 from diffkd_nb.methods import *
 from diffkd_nb.rng import Draws
-from diffkd_nb.taps import Layout, Place, Tap
+from diffkd_nb.layouts import Layout
+from diffkd_nb.taps import Place, Tap
 
 B, K, N = 6, 4, 12
 OURS = ['kd', 'dkd', 'dist', 'fitnet', 'rkd', 'pkt', 'crd', 'srrl', 'vid', 'reviewkd', 'ofa'] # the later ones: test_methods_since

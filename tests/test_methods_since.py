@@ -448,7 +448,7 @@ def test_heads_with_a_norm(name):
     head, seen = TeacherHead(teacher, feature, K), {}
     h = teacher.get_submodule(feature.teacher.name).register_forward_hook(lambda m, i, o: seen.update(o=o))
     y = teacher(x); h.remove()
-    from diffkd_nb.taps import to_map
+    from diffkd_nb.layouts import to_map
     z = to_map(seen['o'], feature.teacher.layout)
     assert torch.allclose(head.logits(z), y, atol=1e-4) and (head.norm is not None) == (name != 'timm:resnet10t')
     assert find_classifier(teacher, feature, K)[1] == (1, 1)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from diffkd_nb.files import InputError
 from diffkd_nb.models import make_model, n_parameters
-from diffkd_nb.taps import dry_run, last_feature
+from diffkd_nb.records import dry_run, last_feature
 from diffkd_nb.weights import TEACHERS, load_teacher, load_weights, save_weights, state_hash
 
 DATA = Path(os.environ.get('DIFFKD_DATA', Path(__file__).parents[2]/'shared'/'data'))

@@ -147,10 +147,10 @@ def test_markdown_output_is_kept(body):
 
 
 def test_relative_targets_are_rebased(body):
-    text = body(markdown('![a picture](images/first.png) [b](00_taps.ipynb#x) [c](../LICENSE) [d](https://e.org/images/f.png) [g](#h)',
+    text = body(markdown('![a picture](images/first.png) [b](00f_taps.ipynb#x) [c](../LICENSE) [d](https://e.org/images/f.png) [g](#h)',
                          '', '<img src="images/g.png" width="50%">'))
     assert '![a picture](nbs/images/first.png)' in text
-    assert '[b](nbs/00_taps.ipynb#x)' in text and '[c](LICENSE)' in text
+    assert '[b](nbs/00f_taps.ipynb#x)' in text and '[c](LICENSE)' in text
     assert '[d](https://e.org/images/f.png)' in text and '[g](#h)' in text
     assert '<img src="nbs/images/g.png" width="50%">' in text
 
