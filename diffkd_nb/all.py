@@ -44,5 +44,6 @@ from .detection import *
 from .plots import *
 from .teacher_cache import *
 from .fast import *
+from .looks import *
 from .experiment import *
 from .distill import *
