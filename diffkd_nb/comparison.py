@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/comparison.html.md"""
 
 # %% ../nbs/27_comparison.ipynb #4155e9d2
 from __future__ import annotations
-import json, math, os, sys, time
+import json, math, os, re, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -15,12 +15,13 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .files import InputError, world_size, write_whole
 from .grid import EXECUTORS, grid_cells
+from .looks import VARIED, Looks, check_by_seed, is_decided, varied
 from .methods import parse_method
 from .recipes import Recipe, get_recipe
 from .published import published
 from .setup import Job, Setup, Sources, split_options
 from .shared_teacher import check_shared
-from .statistics import difference_text, holm, holm_levels, interval, paired_test, verdict_word
+from .statistics import contrasts, corrected, difference_text, holm, holm_levels, interval, judge, paired_test, verdict_word
 from .tasks import get_task, task_of
 
 # %% auto #0
@@ -88,7 +89,7 @@ def _rows(out):
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
-    seeds:int|list=3, # How many, or which
+    seeds:int|list|dict|Looks=3, # How many, which, or method to these; `Looks` for an end as soon as it is decided
     recipe:str|Recipe='A1', # How to train
     data:str='digits', # What on, see `open_data`
     out:Path='comparison', # Folder of the comparison; made if missing
@@ -100,23 +101,28 @@ def compare(
     progress:bool=True, # Show a progress bar
     keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
     share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one pass of the teacher
+    by_seed:dict|None=None, # What else a seed varies, such as `{'channels_last': [True, False]}`, see `varied`
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
     recipe, out = get_recipe(recipe), Path(out)
-    _check_call(data, executor, minutes)
-    if share_teacher: check_shared(options, executor)
+    by_seed, looks = by_seed or {}, seeds if isinstance(seeds, Looks) else None
+    _check_call(data, executor, minutes); check_by_seed(by_seed, options)
+    if share_teacher: check_shared({**options, **by_seed}, executor)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, keep_student, options)
+    cells = grid_cells(pairs, methods, seeds if looks is None else looks.seeds or looks.at[-1])
+    runs = _runs(cells, recipe, data, out, threads, keep_student, options, by_seed)
+    _check_looks(out, looks, cells, str(parse_method(reference)))
     sources = Sources(options.get('weights'))
     todo = _prepare(list(runs.values()), sources, out)
     opened = sources.data(data); recipe = recipe.counted(opened.n_train)
     grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
-                data=opened.name)
+                data=opened.name, **({'looks': looks.to_dict()} if looks else {}), **({'by_seed': by_seed} if by_seed else {}))
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
     tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
-    failed = EXECUTORS[executor](jobs, share_teacher)(todo, tick, deadline)
+    work = lambda cells: EXECUTORS[executor](jobs, share_teacher)(cells, tick, deadline)
+    failed = work(todo) if looks is None else _look_by_look(out, todo, work)
     return _finished(out, failed)
 
 # %% ../nbs/27_comparison.ipynb #710f5301
@@ -133,11 +139,12 @@ def _check_call(data, executor, minutes):
                      f"got {type(data).__name__}.")
 
 # %% ../nbs/27_comparison.ipynb #1b99c35a
-def _runs(cells, recipe, data, out, threads, keep, options):
+def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     "Folder of each cell to its setup and job"
     decides, rest = split_options(options)
     kept = lambda seed: keep if isinstance(keep, bool) else seed in keep
-    return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed, **decides),
+    return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
+                             **{**decides, **varied(by_seed, c.seed)}),
                        Job(out/c.folder, threads=threads, keep_student=kept(c.seed), **rest)) for c in cells}
 
 def _prepare(runs, sources, out):
@@ -149,6 +156,39 @@ def _prepare(runs, sources, out):
     for _,j in runs: j.out.parent.mkdir(parents=True, exist_ok=True)
     _measure_teachers(runs, sources, out)
     return [r for r in runs if r not in finished]
+
+# %% ../nbs/27_comparison.ipynb #efc5a3ae
+def _check_looks(out, looks, cells, reference):
+    "`InputError` for looks that cannot be taken, or are not those that the folder was begun with"
+    f, new = out/'grid.json', looks and looks.to_dict()
+    old = json.loads(f.read_text()).get('looks') if f.is_file() else None
+    if f.is_file() and old != new and next(out.rglob('manifest.json'), None):
+        raise InputError(f"{out} was begun with {_plan_text(old)}, got {_plan_text(new)}: looks are planned before the runs. Go on "
+                         "with the same, or name another folder.")
+    if looks is None: return
+    n, methods = len({c.seed for c in cells}), {c.method for c in cells}
+    if n != looks.at[-1]: raise InputError(f"looks at {looks.at} end with {looks.at[-1]} seeds, got {n} seeds.")
+    named = {str(parse_method(m)) for d in looks.differences for m in d} or {reference}
+    if lacks := sorted(named - methods):
+        raise InputError(f"the looks compare with {', '.join(lacks)}, which is not among the methods {sorted(methods)}.")
+
+def _plan_text(looks):
+    "A plan in words"
+    if not looks: return 'no looks'
+    differences = ', '.join(' - '.join(d) for d in looks['differences'])
+    return f"looks at {looks['at']}, margin {looks['margin']}" + (f', for {differences}' if differences else '')
+
+# %% ../nbs/27_comparison.ipynb #c91f1c4c
+def _look_by_look(out, todo, work):
+    "Train the seeds of one look after the other until it is decided; what failed"
+    for n in (seen := Comparison(out)).looks.at:
+        if seen.decided(): break
+        seeds = seen.planned_seeds[:n]
+        failed = work([(s, j) for s,j in todo if s.seed in seeds and not (j.out/'manifest.json').is_file()])
+        seen = Comparison(out)
+        if failed or seen.look < n: return failed
+    print(seen.notes()[-1])
+    return {}
 
 # %% ../nbs/27_comparison.ipynb #d6420115
 def _finished(out, failed):
@@ -187,6 +227,56 @@ class Comparison:
         return [f for f,m in self.manifests.items() if m.get('status') == 'diverged']
 
     def _reference(self, asked=None): return str(parse_method(asked or self.grid['reference']))
+
+# %% ../nbs/27_comparison.ipynb #8b28224d
+@patch(as_prop=True)
+def looks(self:Comparison): # None where none are planned
+    "When to look, see `Looks`"
+    return Looks.from_dict(self.grid['looks']) if self.grid.get('looks') else None
+
+@patch(as_prop=True)
+def planned_seeds(self:Comparison): # In their order
+    "All seeds of the comparison"
+    return list(dict.fromkeys(int(re.search(r'seed(-?\d+)$', c)[1]) for c in self.grid['cells']))
+
+@patch(as_prop=True)
+def look(self:Comparison): # 0 before the first, None without a plan
+    "Seeds of the last look that can be taken"
+    if self.looks is None: return None
+    lacking = {int(c.rpartition('seed')[2]) for c in self.grid['cells'] if c not in self.manifests}
+    seeds = self.planned_seeds
+    return self.looks.reached(next((i for i,s in enumerate(seeds) if s in lacking), len(seeds)))
+
+@patch(as_prop=True)
+def correction(self:Comparison) -> dict: # Arguments of `contrasts`
+    "What the tests may use of the error, and the margin"
+    if self.looks is None: return dict(share=1., margin=None)
+    return dict(share=self.looks.share(self.look or self.looks.at[0]), margin=self.looks.margin)
+
+# %% ../nbs/27_comparison.ipynb #a7639628
+@patch
+def tested(self:Comparison,
+    runs:pd.DataFrame # With a column `seed`
+) -> pd.DataFrame: # Those of the last look, all without a plan
+    "The runs that tests may use"
+    return runs if self.looks is None else runs[runs.seed.isin(self.planned_seeds[:self.look])]
+
+@patch
+def decided(self:Comparison) -> bool: # False without planned looks
+    "Whether the last look has decided every difference"
+    if not self.look: return False
+    if not self.looks.differences:
+        table = self.table()
+        return is_decided(table[table.method != self._reference()].verdict)
+    pairs = self.tested(self.runs).groupby(['student', 'teacher'])
+    return is_decided(v for _,g in pairs for v in self._plan_tests(g).verdict)
+
+@patch
+def _plan_tests(self:Comparison, runs):
+    "The differences of the plan, for runs of one pair"
+    values = {m: g.set_index('seed')[self.task.metric] for m,g in runs.groupby('method')}
+    asked = [tuple(str(parse_method(m)) for m in d) for d in self.looks.differences]
+    return contrasts(values, asked, larger_is_better=self.task.larger_is_better, **self.correction)
 
 # %% ../nbs/27_comparison.ipynb #eb1e2bdc
 FULL_DATA = { # The paper's data sets: start of our name, images of both splits
@@ -258,15 +348,16 @@ def table(self:Comparison,
 ) -> pd.DataFrame: # One row per pair and method; accuracies and differences in percentage points
     "Last epoch: mean, sd, n, interval; best epoch; difference to the reference with corrected interval and p; cost; figure"
     ref, metric, rows = self._reference(reference), self.task.metric, []
-    sign = 1 if self.task.larger_is_better else -1
+    sign, share, margin = 1 if self.task.larger_is_better else -1, *self.correction.values()
     for (student,teacher),group in self.runs.groupby(['student', 'teacher'], sort=False):
         of = lambda m: group[group.method == m]
-        base = of(ref).set_index('seed')[metric]
+        base = self.tested(of(ref)).set_index('seed')[metric]
         made = lambda m, level=.95: self._row(student, teacher, m, of(m), base if m != ref else None, level)
         order = self._order(group)
-        own = [made(m, level) for m,level in zip(order, holm_levels([made(m)['p'] for m in order]))]
-        for row,p in zip(own, holm([r['p'] for r in own])):
-            word = verdict_word(sign*row['difference'], p) if len(base) else 'no reference'
+        levels, raised = corrected([made(m)['p'] for m in order], share, margin is not None)
+        for row,p in zip(map(made, order, levels), raised):
+            low, high, none = row['difference low'], row['difference high'], 'not looked at yet' if self.look == 0 else 'no reference'
+            word = judge(row['difference'], low, high, p, margin, sign) if len(base) else none
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
     found = pd.DataFrame(rows, columns=None if rows else _columns(metric))
     return found if self.diverged else found.drop(columns='diverged', errors='ignore')
@@ -313,12 +404,52 @@ def _remarks(self:Comparison):
     "What a reader of the tables must know"
     versions, cells = {m['code']['source'] for m in self.manifests.values()}, self.grid['cells']
     if len(versions) > 1: yield from (f'The runs were made by {len(versions)} versions of the code.', '')
-    missing = [c for c in cells if c not in self.manifests]
+    for text in self.unlike()[:3]: yield from (f'Runs differ in more than methods and seeds: {text}.', '')
+    missing = [] if self.decided() else [c for c in cells if c not in self.manifests]
     few = ', '.join(missing[:3]) + ', ...'*(len(missing) > 3)
     if missing: yield from (f'Not run: {len(missing)} of {len(cells)} cells ({few}).', '')
     bad = ', '.join(self.diverged[:3]) + ', ...'*(len(self.diverged) > 3)
     n = f'{len(self.diverged)} of {len(self.manifests)}'
     if bad: yield from (f'Diverged, so that the student has learnt nothing: {n} runs ({bad}).', '')
+    for note in self.notes(): yield from (note, '')
+
+# %% ../nbs/27_comparison.ipynb #ce846483
+_FREE = 'method', 'seed', 'teacher', 'teacher_hash', 'teacher_stats' # Settings in which the runs of a pair may differ
+_WITH_SEED = 'graph', # Settings that may differ from seed to seed: a study's seed stays on its kind of machine
+
+@patch
+def unlike(self:Comparison) -> list[str]: # Empty where all is as planned
+    "In what else than methods and seeds runs of a pair differ; a seed's runs share what the seeds vary"
+    by_seed, first, found = self.grid.get('by_seed', {}), {}, []
+    keys = sorted({k for m in self.manifests.values() for k in m['settings']} - {*_FREE})
+    for f,m in self.manifests.items():
+        s, pair = m['settings'], f.split('/')[0]
+        taught = {k: s[k] for k in ('teacher', 'teacher_hash', 'teacher_stats') if s.get('teacher')}
+        for k,v in {**{k: s.get(k) for k in keys}, **taught}.items():
+            beside, was = first.setdefault((pair, k, s['seed'] if k in by_seed or k in _WITH_SEED else None), (f, v))
+            if v != was: found.append(f'{k} of {f} is {v!r}, of {beside} {was!r}')
+        found += [f'{k} of {f} is not {v!r}' for k,v in varied(by_seed, s['seed']).items() if s.get(k, VARIED[k]) != v]
+    return found
+
+# %% ../nbs/27_comparison.ipynb #cf8884c0
+@patch
+def notes(self:Comparison) -> list[str]: # The last one about the looks, where there are any
+    "What was planned beyond methods and seeds, in words"
+    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain what "
+             "that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
+    return found if self.looks is None else [*found, self._looks_note()]
+
+@patch
+def _looks_note(self:Comparison):
+    "Which look it is, and what is corrected"
+    looks, n, at = self.looks, self.look, ', '.join(map(str, self.looks.at))
+    if not n: return f'Not looked at yet: looks are planned at {at} seeds.'
+    ends = 'the last one, and not every difference is decided' if n == looks.at[-1] else 'not decided, so more seeds are needed'
+    points = ' points' if self.task.unit == 'percent' else ''
+    margin = '' if looks.margin is None else f' A gain below {looks.margin:g}{points} is not worth its cost.'
+    return (f"Look at {n} seeds of those planned at {at}: {'decided, so no further seed is needed' if self.decided() else ends}. "
+            f"Intervals and p carry the correction for {len(looks.at)} looks: the tests of this one use "
+            f"{5*looks.share(n):.2f} of the 5 % error.{margin}")
 
 # %% ../nbs/27_comparison.ipynb #62fa4325
 @patch
@@ -350,9 +481,10 @@ def verdicts(self:Comparison,
 ) -> list[str]: # One sentence per pair and method
     "The paired differences in words"
     ref, points = self._reference(reference), ' points' if self.task.unit == 'percent' else ''
+    looks = len(self.looks.at) if self.looks else 1
     def say(r):
         low, high = r['difference low'], r['difference high']
-        said = difference_text(r.difference, low, high, r['p (Holm)'], r.pairs, r.verdict, points)
+        said = difference_text(r.difference, low, high, r['p (Holm)'], r.pairs, r.verdict, points, looks)
         bad = f" {r.diverged} of its {r.n} runs diverged." if r.get('diverged', 0) else ''
         return f'{r.student}, {r.method} - {ref}: {said}{bad}'
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
@@ -368,7 +500,7 @@ def save(self:Comparison):
     "Write table.csv, table.md and verdicts.txt into the folder"
     write_whole(self.folder/'table.csv', self.table_text())
     write_whole(self.folder/'table.md', self.markdown())
-    write_whole(self.folder/'verdicts.txt', '\n'.join(self.verdicts()) + '\n')
+    write_whole(self.folder/'verdicts.txt', '\n'.join([*self.verdicts(), *self.notes()]) + '\n')
 
 # %% ../nbs/27_comparison.ipynb #d8c8bbcc
 @patch
