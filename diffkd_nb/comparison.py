@@ -7,6 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/comparison.html.md"""
 # %% ../nbs/27_comparison.ipynb #4155e9d2
 from __future__ import annotations
 import json, math, os, re, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -14,14 +15,16 @@ from torch import nn
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .files import InputError, world_size, write_whole
+from .equal_time import at_length, check_equal_time, pair_and_method, step_times
 from .grid import EXECUTORS, grid_cells
-from .looks import VARIED, Looks, check_by_seed, is_decided, varied
+from .looks import Looks, check_by_seed, check_plan, is_decided, unlike, varied
 from .methods import parse_method
 from .recipes import Recipe, get_recipe
 from .published import published
 from .setup import Job, Setup, Sources, split_options
 from .shared_teacher import check_shared
-from .statistics import contrasts, corrected, difference_text, holm, holm_levels, interval, judge, paired_test, verdict_word
+from .statistics import contrasts, corrected, difference_text, holm, holm_levels, interval, judge
+from .statistics import paired_test, verdict_word
 from .tasks import get_task, task_of
 
 # %% auto #0
@@ -67,9 +70,9 @@ def _measure_teachers(runs, sources, out):
 # %% ../nbs/27_comparison.ipynb #c5ba181d
 class _Progress:
     "A bar over the epochs of all cells; to be called now and then"
-    def __init__(self, todo, jobs, epochs, show):
+    def __init__(self, todo, jobs, epochs, show): # `epochs` of all of `todo` together
         self.todo,self.jobs,self.shown = [j.out for j in todo],jobs,-1
-        self.bar = progress_bar(range(max(1, len(todo)*epochs))) if show and todo else None
+        self.bar = progress_bar(range(max(1, epochs))) if show and todo else None
         if self.bar is not None: self.bar.update(0)
 
     def __call__(self):
@@ -89,7 +92,7 @@ def _rows(out):
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
-    seeds:int|list|dict|Looks=3, # How many, which, or method to these; `Looks` for an end as soon as it is decided
+    seeds:int|list|dict|Looks=3, # How many, which, or method to these; `Looks` to end as soon as it is decided
     recipe:str|Recipe='A1', # How to train
     data:str='digits', # What on, see `open_data`
     out:Path='comparison', # Folder of the comparison; made if missing
@@ -102,25 +105,27 @@ def compare(
     keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
     share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one pass of the teacher
     by_seed:dict|None=None, # What else a seed varies, such as `{'channels_last': [True, False]}`, see `varied`
+    equal_time:str|None=None, # A method: each trains as long as it does, by what its steps take, see `step_ratios`
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
-    recipe, out = get_recipe(recipe), Path(out)
-    by_seed, looks = by_seed or {}, seeds if isinstance(seeds, Looks) else None
-    _check_call(data, executor, minutes); check_by_seed(by_seed, options)
-    if share_teacher: check_shared({**options, **by_seed}, executor)
+    recipe, out, by_seed = get_recipe(recipe), Path(out), by_seed or {}
+    _check_call(data, executor, minutes); _check_options(options, by_seed, equal_time, share_teacher, executor)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
+    looks, reference = seeds if isinstance(seeds, Looks) else None, str(parse_method(reference))
     cells = grid_cells(pairs, methods, seeds if looks is None else looks.seeds or looks.at[-1])
+    check_plan(out, looks, cells, reference)
+    sources = Sources(options.get('weights')); opened = sources.data(data)
     runs = _runs(cells, recipe, data, out, threads, keep_student, options, by_seed)
-    _check_looks(out, looks, cells, str(parse_method(reference)))
-    sources = Sources(options.get('weights'))
+    runs, timed = _of_equal_time(runs, equal_time, out, sources, opened.n_train)
     todo = _prepare(list(runs.values()), sources, out)
-    opened = sources.data(data); recipe = recipe.counted(opened.n_train)
-    grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
-                data=opened.name, **({'looks': looks.to_dict()} if looks else {}), **({'by_seed': by_seed} if by_seed else {}))
+    planned = dict(looks=looks and looks.to_dict(), by_seed=by_seed, equal_time=timed)
+    grid = dict(cells=list(runs), reference=reference, recipe=recipe.counted(opened.n_train).to_dict(),
+                data=opened.name, **{k: v for k,v in planned.items() if v})
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
-    tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
+    epochs = sum(s.recipe.counted(opened.n_train).epochs for s,_ in todo)
+    tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], epochs, progress)
     work = lambda cells: EXECUTORS[executor](jobs, share_teacher)(cells, tick, deadline)
     failed = work(todo) if looks is None else _look_by_look(out, todo, work)
     return _finished(out, failed)
@@ -138,6 +143,13 @@ def _check_call(data, executor, minutes):
     raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, "
                      f"got {type(data).__name__}.")
 
+# %% ../nbs/27_comparison.ipynb #4ed0842a
+def _check_options(options, by_seed, equal_time, share_teacher, executor):
+    "`InputError` for options that do not go together"
+    check_by_seed(by_seed, options)
+    if share_teacher: check_shared({**options, **by_seed}, executor)
+    if equal_time: check_equal_time(options, share_teacher)
+
 # %% ../nbs/27_comparison.ipynb #1b99c35a
 def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     "Folder of each cell to its setup and job"
@@ -146,6 +158,14 @@ def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
                              **{**decides, **varied(by_seed, c.seed)}),
                        Job(out/c.folder, threads=threads, keep_student=kept(c.seed), **rest)) for c in cells}
+
+def _of_equal_time(runs, method, out, sources, n_train):
+    "The runs, each as long as a method's where one is named, and what steps take"
+    if method is None: return runs, {}
+    _check_plans([s for s,_ in runs.values()], sources)
+    timed = step_times(runs, str(parse_method(method)), out, sources)
+    at = lambda f, recipe: at_length(recipe, timed['ratios'][pair_and_method(f)]['ratio'], n_train)
+    return {f: (replace(s, recipe=at(f, s.recipe)), j) for f,(s,j) in runs.items()}, timed
 
 def _prepare(runs, sources, out):
     "Check all that can be checked, measure the teachers; the cells that are not finished"
@@ -156,27 +176,6 @@ def _prepare(runs, sources, out):
     for _,j in runs: j.out.parent.mkdir(parents=True, exist_ok=True)
     _measure_teachers(runs, sources, out)
     return [r for r in runs if r not in finished]
-
-# %% ../nbs/27_comparison.ipynb #efc5a3ae
-def _check_looks(out, looks, cells, reference):
-    "`InputError` for looks that cannot be taken, or are not those that the folder was begun with"
-    f, new = out/'grid.json', looks and looks.to_dict()
-    old = json.loads(f.read_text()).get('looks') if f.is_file() else None
-    if f.is_file() and old != new and next(out.rglob('manifest.json'), None):
-        raise InputError(f"{out} was begun with {_plan_text(old)}, got {_plan_text(new)}: looks are planned before the runs. Go on "
-                         "with the same, or name another folder.")
-    if looks is None: return
-    n, methods = len({c.seed for c in cells}), {c.method for c in cells}
-    if n != looks.at[-1]: raise InputError(f"looks at {looks.at} end with {looks.at[-1]} seeds, got {n} seeds.")
-    named = {str(parse_method(m)) for d in looks.differences for m in d} or {reference}
-    if lacks := sorted(named - methods):
-        raise InputError(f"the looks compare with {', '.join(lacks)}, which is not among the methods {sorted(methods)}.")
-
-def _plan_text(looks):
-    "A plan in words"
-    if not looks: return 'no looks'
-    differences = ', '.join(' - '.join(d) for d in looks['differences'])
-    return f"looks at {looks['at']}, margin {looks['margin']}" + (f', for {differences}' if differences else '')
 
 # %% ../nbs/27_comparison.ipynb #c91f1c4c
 def _look_by_look(out, todo, work):
@@ -233,6 +232,11 @@ class Comparison:
 def looks(self:Comparison): # None where none are planned
     "When to look, see `Looks`"
     return Looks.from_dict(self.grid['looks']) if self.grid.get('looks') else None
+
+@patch(as_prop=True)
+def equal_time(self:Comparison): # '' for runs of equal steps
+    "The method whose training time the others have"
+    return self.grid.get('equal_time', {}).get('method', '')
 
 @patch(as_prop=True)
 def planned_seeds(self:Comparison): # In their order
@@ -331,7 +335,14 @@ def _row(self:Comparison, student, teacher, method, runs, base, level):
             'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.median(),
             'added parameters': int(runs.added_parameters.max()),
             'published': first['value'], 'source': first['source'],
+            **({'epochs': np.mean([*map(self._epochs, runs.folder)])} if self.equal_time else {}),
             'diverged': sum(f in self.diverged for f in runs.folder)}
+
+@patch
+def _epochs(self:Comparison, folder):
+    "Length of a run, perhaps a fraction"
+    m = self.manifests[folder]; r = m['settings']['recipe']
+    return r['steps']/m['cost']['steps_per_epoch'] if r.get('steps') else float(r['epochs'])
 
 # %% ../nbs/27_comparison.ipynb #06674f09
 @patch
@@ -356,7 +367,8 @@ def table(self:Comparison,
         order = self._order(group)
         levels, raised = corrected([made(m)['p'] for m in order], share, margin is not None)
         for row,p in zip(map(made, order, levels), raised):
-            low, high, none = row['difference low'], row['difference high'], 'not looked at yet' if self.look == 0 else 'no reference'
+            low, high = row['difference low'], row['difference high']
+            none = 'not looked at yet' if self.look == 0 else 'no reference'
             word = judge(row['difference'], low, high, p, margin, sign) if len(base) else none
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
     found = pd.DataFrame(rows, columns=None if rows else _columns(metric))
@@ -381,6 +393,7 @@ def _line(r, metric):
              _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'),
              _num(r['p (Holm)'], '.3f'), _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
              f"{r['added parameters']:,}", paper]
+    if 'epochs' in r: cells.append(f'{r.epochs:.1f}')
     return f"| {' | '.join(map(str, cells))} |"
 
 @patch
@@ -390,14 +403,16 @@ def _title(self:Comparison, student, teacher, ref):
     good = next((v[task.metric] for v in self.teachers.values() if v['name'] == teacher), None)
     said = '' if good is None else f' ({task.text(good)})'
     what = f'{task.metric} in {task.unit}' if task.unit else task.metric
-    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed'
+    time = f'; all train as long as {self.equal_time}' if self.equal_time else ''
+    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed{time}'
 
 # %% ../nbs/27_comparison.ipynb #b4d589bd
-def _head(metric):
-    "Header of a table as Markdown"
+def _head(metric, epochs=False):
+    "Header of a table as Markdown, perhaps with a column of epochs"
+    more = ('| epochs |', '|--:|') if epochs else ('|', '|')
     return [f'| method | verdict | {metric} | sd | n | 95 % interval | best epoch | difference | corrected interval '
-            '| p (Holm) | ms/step | MB | added parameters | published |',
-            '|---|---|--:|--:|--:|---|--:|--:|---|--:|--:|--:|--:|---|']
+            f'| p (Holm) | ms/step | MB | added parameters | published {more[0]}',
+            f'|---|---|--:|--:|--:|---|--:|--:|---|--:|--:|--:|--:|---{more[1]}']
 
 @patch
 def _remarks(self:Comparison):
@@ -414,30 +429,27 @@ def _remarks(self:Comparison):
     for note in self.notes(): yield from (note, '')
 
 # %% ../nbs/27_comparison.ipynb #ce846483
-_FREE = 'method', 'seed', 'teacher', 'teacher_hash', 'teacher_stats' # Settings in which the runs of a pair may differ
-_WITH_SEED = 'graph', # Settings that may differ from seed to seed: a study's seed stays on its kind of machine
-
 @patch
 def unlike(self:Comparison) -> list[str]: # Empty where all is as planned
-    "In what else than methods and seeds runs of a pair differ; a seed's runs share what the seeds vary"
-    by_seed, first, found = self.grid.get('by_seed', {}), {}, []
-    keys = sorted({k for m in self.manifests.values() for k in m['settings']} - {*_FREE})
-    for f,m in self.manifests.items():
-        s, pair = m['settings'], f.split('/')[0]
-        taught = {k: s[k] for k in ('teacher', 'teacher_hash', 'teacher_stats') if s.get('teacher')}
-        for k,v in {**{k: s.get(k) for k in keys}, **taught}.items():
-            beside, was = first.setdefault((pair, k, s['seed'] if k in by_seed or k in _WITH_SEED else None), (f, v))
-            if v != was: found.append(f'{k} of {f} is {v!r}, of {beside} {was!r}')
-        found += [f'{k} of {f} is not {v!r}' for k,v in varied(by_seed, s['seed']).items() if s.get(k, VARIED[k]) != v]
-    return found
+    "In what runs differ that should be alike"
+    return unlike(self.manifests, self.grid.get('by_seed', {}), bool(self.equal_time))
 
 # %% ../nbs/27_comparison.ipynb #cf8884c0
 @patch
 def notes(self:Comparison) -> list[str]: # The last one about the looks, where there are any
     "What was planned beyond methods and seeds, in words"
-    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain what "
-             "that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
+    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain "
+             "what that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
+    if self.equal_time: found.append(self._time_note())
     return found if self.looks is None else [*found, self._looks_note()]
+
+@patch
+def _time_note(self:Comparison):
+    "What the lengths of an equal-time comparison rest on"
+    seen = self.grid['equal_time']['ratios'].values()
+    told = lambda k: ' and '.join(sorted({v[k] for v in seen}))
+    return (f"At equal time: each method trains for as many steps as the time of {self.equal_time} holds, by {told('clock')} "
+            f"of a step on {told('processor') or 'an unnamed processor'}. Each runs its whole schedule, rounded to a step.")
 
 @patch
 def _looks_note(self:Comparison):
@@ -460,7 +472,7 @@ def markdown(self:Comparison,
     "The table as Markdown"
     ref, metric, out = self._reference(reference), self.task.metric, []
     for (student,teacher),g in self.table(reference).groupby(['student', 'teacher'], sort=False):
-        lines = [*_head(metric), *[_line(r, metric) for _,r in g.iterrows()]]
+        lines = [*_head(metric, bool(self.equal_time)), *[_line(r, metric) for _,r in g.iterrows()]]
         out += [self._title(student, teacher, ref), '', *(lines if cost else map(_without_cost, lines)), '']
     return '\n'.join([*out, *self._remarks()])
 
