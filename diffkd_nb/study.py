@@ -66,6 +66,7 @@ class Question:
     seeds:tuple # Used for this question alone
     fewer:dict=field(default_factory=dict) # Variant to the number of the first seeds, where it gets fewer than all
     looks:Looks|None=None # When to look whether the differences are decided; all seeds by default
+    equal_time:str='' # A variant: all train as long as it does; equal steps by default
 
     def seeds_of(self, variant): return self.seeds[:self.fewer.get(variant, len(self.seeds))]
 
@@ -138,6 +139,17 @@ def get_question(
     if isinstance(key, Question): return key
     if key in QUESTIONS: return QUESTIONS[key]
     raise InputError(f"there is no question named {key!r}: expected one of {', '.join(QUESTIONS)}.")
+
+# %% ../nbs/32_study.ipynb #af9909cd
+_TIMED = { # Variants at equal time
+    'KD': 'kd', 'KD + DiffKD': 'kd+diffkd:taps=feature', 'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature', 'DiffKD': 'diffkd',
+    'identity': f'diffkd:{_IDENTITY}'}
+_TIMED_BESIDE = ( # What answers it
+    ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('KD + identity', 'KD'), ('DiffKD', 'identity'), ('DiffKD', 'KD'))
+QUESTIONS |= {q.key: q for q in ( # The same time for all variants
+    Question('1-time', 'Does the denoiser add anything in the time that KD takes?', 'S1', _TIMED, _TIMED_BESIDE,
+             tuple(range(700, 705)), equal_time='KD'),
+    Question('text-time', 'Does it on sentences?', 'S2 held out', _TIMED, _TIMED_BESIDE, tuple(range(710, 720)), equal_time='KD'))}
 
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
@@ -265,9 +277,10 @@ def study(
     if q.looks is not None: each = _planned_looks(q, each, here)
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
     how = dict(jobs=jobs, executor=executor, device=str(place))
+    plan = dict(by_seed=s.by_seed, equal_time=q.variants[q.equal_time] if q.equal_time else None)
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache,
-                   keep_student=[q.seeds[0]], progress=progress, by_seed=s.by_seed, **how, **s.options, **on_gpu)
+                   keep_student=[q.seeds[0]], progress=progress, **plan, **how, **s.options, **on_gpu)
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(

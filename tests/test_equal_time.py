@@ -73,3 +73,17 @@ def test_a_measured_comparison_takes_equal_time(teacher, tmp_path):
     stored = json.loads((tmp_path/'grid.json').read_text())['equal_time']['ratios']
     spent = {m['settings']['method']: m['cost']['ms_per_step']*m['cost']['steps_per_epoch']*e for m, e in zip(c.manifests.values(), map(c._epochs, c.manifests))}
     assert .5 < spent['diffkd']/spent['kd'] < 2 and stored['small_4-from-small_8/diffkd']['ratio'] < .9 and verify(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_question_at_equal_time_trains(teacher, tmp_path, monkeypatch):
+    "The planned question on digits, one seed; the named variant keeps the recipe as it is"
+    from dataclasses import replace
+    from pathlib import Path
+    from diffkd_nb.study import QUESTIONS, SETTINGS, Setting, cost_text, study
+    monkeypatch.setitem(SETTINGS, 'toy', Setting('toy', 'small:8', 'small:4', RECIPE, 'digits', {}, .1))
+    q = replace(QUESTIONS['1-time'], setting='toy', seeds=(700,))
+    c = study(q, None, Path(teacher.partition('@')[2]), tmp_path, progress=False)
+    length = {m['settings']['method']: m['settings']['recipe'].get('steps') for m in c.manifests.values()}
+    assert c.equal_time == 'kd' and length.pop('kd') is None and all(n < 31 for n in length.values()) and cost_text(q.cost(tmp_path)) == 'all 5 runs are on record'
+    assert q.answer(tmp_path).n.tolist() == [1]*5 and verify(tmp_path)

@@ -148,6 +148,18 @@ def test_a_setting_of_the_study_carries_it(teacher, tmp_path, monkeypatch):
     assert [m['settings'].get('channels_last', False) for _, m in sorted(c.manifests.items())] == [True, False]
 
 
+def test_the_command_takes_looks_and_what_seeds_vary(monkeypatch, capsys):
+    from diffkd_nb import commands
+    asked = []
+    monkeypatch.setattr(commands, 'compare', lambda pair, methods, seeds, *a, **k: asked.append((seeds, k['by_seed'], k['equal_time'])) or 1/0)
+    common = ['--data', 'digits', '--pair', 'a@b', 'c', '--out', 'd']
+    for more in ([], ['--looks', '3', '5', '--margin', '.5', '--by-seed', 'channels_last=true,false', 'precision=bf16,float32'], ['--seeds', '5', '--equal-time', 'kd']):
+        with pytest.raises(ZeroDivisionError): commands.compare_main(common + more)
+    assert asked == [(3, {}, None), (Looks((3, 5), .5), {'channels_last': [True, False], 'precision': ['bf16', 'float32']}, None), (5, {}, 'kd')]
+    for more, says in [(['--margin', '1'], '--margin goes with --looks'), (['--looks', '3', '--seeds', '5'], 'leave --seeds out')]:
+        assert commands.compare_main(common + more) == 2 and says in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_between_equals_one_in_twenty_finds_anything():
     "400 comparisons of three equal methods by the code that decides, at all of three looks"
