@@ -49,5 +49,7 @@ from .detection import *
 from .plots import *
 from .teacher_cache import *
 from .fast import *
+from .looks import *
+from .equal_time import *
 from .experiment import *
 from .distill import *

@@ -17,6 +17,7 @@ from .comparison import Comparison, compare
 from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
 from .engine import ENGINES
+from .looks import Looks
 from .methods import METHODS, which_method
 from .precision import PRECISIONS
 from .recipes import RECIPES, Recipe, get_recipe
@@ -251,6 +252,13 @@ def _grid_options(p):
     p.add_argument('--table', help=f"a table of the paper in place of --pair and --recipe: {', '.join(TABLES)}")
     p.add_argument('--methods', nargs='+', help="what to compare (default: alone kd diffkd, or the table's)")
     p.add_argument('--seeds', type=at_least(1), default=3, help='runs of each method (default: 3)')
+    p.add_argument('--looks', type=at_least(2), nargs='+', metavar='N',
+                   help='in place of --seeds: stop after so many seeds if every difference is decided, such as 3 5 8')
+    p.add_argument('--margin', type=at_least(0, float),
+                   help='with --looks: a gain surely below so many points is decided as well')
+    p.add_argument('--by-seed', nargs='+', default=[], metavar='OPTION=A,B',
+                   help='what seeds vary besides, such as channels_last=true,false')
+    p.add_argument('--equal-time', metavar='METHOD', help='train each method as long as this one takes, in place of equal epochs')
     p.add_argument('--reference',
                    help='method that the others are compared with (default: alone, or the one on record)')
     p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, also on one GPU (default: 1)')
@@ -260,6 +268,19 @@ def _grid_options(p):
                    help='where runs go: processes of this machine, a Ray cluster, or this process (default: process)')
     p.add_argument('--share-teacher', action='store_true',
                    help='train the methods of a pair and a seed in one process, with one forward pass of the teacher')
+
+# %% ../nbs/30_commands.ipynb #c9248001
+def _seeds(a):
+    "How many seeds, or when to look"
+    if a.looks is None and a.margin is None: return a.seeds
+    if a.looks is None: raise InputError("--margin goes with --looks: name the numbers of seeds to look at, such as 3 5 8.")
+    if a.seeds not in (3, a.looks[-1]): raise InputError("--looks says how many seeds there are: leave --seeds out.")
+    return Looks(a.looks, a.margin)
+
+def _by_seed(texts):
+    "Option to the values that seeds vary"
+    read = lambda v: {'true': True, 'false': False}.get(v.lower(), v)
+    return {k: list(map(read, values.split(','))) for k,_,values in (t.partition('=') for t in texts)}
 
 # %% ../nbs/30_commands.ipynb #9888ee8e
 def _check_compare(p, a):
@@ -274,12 +295,13 @@ def _compared(a):
     "The comparisons that were asked for"
     if a.show: return [Comparison(a.show)]
     where = dict(jobs=a.jobs, threads=a.threads, executor=a.executor, minutes=a.minutes, share_teacher=a.share_teacher)
-    options = {**where, **given(a, _OPTIONS)}
+    options = {**where, 'by_seed': _by_seed(a.by_seed), 'equal_time': a.equal_time, **given(a, _OPTIONS)}
+    seeds = _seeds(a)
     if not a.table:
         methods = a.methods or ['alone', 'kd', 'diffkd']
-        return [compare(a.pair, methods, a.seeds, _recipe(a), a.data, a.out, a.reference or 'alone', **options)]
+        return [compare(a.pair, methods, seeds, _recipe(a), a.data, a.out, a.reference or 'alone', **options)]
     if a.download: open_data(a.data, download=True)
-    return run_table(a.table, a.data, a.out, a.seeds, methods=a.methods, recipe=partial(changed_recipe, a), **options)
+    return run_table(a.table, a.data, a.out, seeds, methods=a.methods, recipe=partial(changed_recipe, a), **options)
 
 # %% ../nbs/30_commands.ipynb #47703f1b
 def compare_main(argv:list|None=None) -> int: # Exit status

@@ -6,7 +6,8 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/comparison.html.md"""
 
 # %% ../nbs/27_comparison.ipynb #4155e9d2
 from __future__ import annotations
-import json, math, os, sys, time
+import json, math, os, re, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -14,13 +15,16 @@ from torch import nn
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .files import InputError, world_size, write_whole
+from .equal_time import at_length, check_equal_time, pair_and_method, step_times
 from .grid import EXECUTORS, grid_cells
+from .looks import Looks, check_by_seed, check_plan, is_decided, unlike, varied
 from .methods import parse_method
 from .recipes import Recipe, get_recipe
 from .published import published
 from .setup import Job, Setup, Sources, split_options
 from .shared_teacher import check_shared
-from .statistics import difference_text, holm, holm_levels, interval, paired_test, verdict_word
+from .statistics import contrasts, corrected, difference_text, holm, holm_levels, interval, judge
+from .statistics import paired_test, verdict_word
 from .tasks import get_task, task_of
 
 # %% auto #0
@@ -66,9 +70,9 @@ def _measure_teachers(runs, sources, out):
 # %% ../nbs/27_comparison.ipynb #c5ba181d
 class _Progress:
     "A bar over the epochs of all cells; to be called now and then"
-    def __init__(self, todo, jobs, epochs, show):
+    def __init__(self, todo, jobs, epochs, show): # `epochs` of all of `todo` together
         self.todo,self.jobs,self.shown = [j.out for j in todo],jobs,-1
-        self.bar = progress_bar(range(max(1, len(todo)*epochs))) if show and todo else None
+        self.bar = progress_bar(range(max(1, epochs))) if show and todo else None
         if self.bar is not None: self.bar.update(0)
 
     def __call__(self):
@@ -88,7 +92,7 @@ def _rows(out):
 def compare(
     pairs:list, # (teacher, student) pairs: `'name@weights.safetensors'` and a model's name
     methods:list, # See `parse_method`
-    seeds:int|list=3, # How many, or which
+    seeds:int|list|dict|Looks=3, # How many, which, or method to these; `Looks` to end as soon as it is decided
     recipe:str|Recipe='A1', # How to train
     data:str='digits', # What on, see `open_data`
     out:Path='comparison', # Folder of the comparison; made if missing
@@ -100,23 +104,30 @@ def compare(
     progress:bool=True, # Show a progress bar
     keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
     share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one pass of the teacher
+    by_seed:dict|None=None, # What else a seed varies, such as `{'channels_last': [True, False]}`, see `varied`
+    equal_time:str|None=None, # A method: each trains as long as it does, by what its steps take, see `step_ratios`
     **options # Further arguments of `run`: taps, teacher_stats, cache, device, precision, channels_last, graph, ...
 ) -> 'Comparison': # Table, plot and verdicts
     "Train every method on every pair with every seed, and compare; call it again to go on, or to add seeds and methods"
     deadline = math.inf if minutes is None else time.monotonic() + 60*minutes
-    recipe, out = get_recipe(recipe), Path(out)
-    _check_call(data, executor, minutes)
-    if share_teacher: check_shared(options, executor)
+    recipe, out, by_seed = get_recipe(recipe), Path(out), by_seed or {}
+    _check_call(data, executor, minutes); _check_options(options, by_seed, equal_time, share_teacher, executor)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    runs = _runs(grid_cells(pairs, methods, seeds), recipe, data, out, threads, keep_student, options)
-    sources = Sources(options.get('weights'))
+    looks, reference = seeds if isinstance(seeds, Looks) else None, str(parse_method(reference))
+    cells = grid_cells(pairs, methods, seeds if looks is None else looks.seeds or looks.at[-1])
+    check_plan(out, looks, cells, reference)
+    sources = Sources(options.get('weights')); opened = sources.data(data)
+    runs = _runs(cells, recipe, data, out, threads, keep_student, options, by_seed)
+    runs, timed = _of_equal_time(runs, equal_time, out, sources, opened.n_train)
     todo = _prepare(list(runs.values()), sources, out)
-    opened = sources.data(data); recipe = recipe.counted(opened.n_train)
-    grid = dict(cells=list(runs), reference=str(parse_method(reference)), recipe=recipe.to_dict(),
-                data=opened.name)
+    planned = dict(looks=looks and looks.to_dict(), by_seed=by_seed, equal_time=timed)
+    grid = dict(cells=list(runs), reference=reference, recipe=recipe.counted(opened.n_train).to_dict(),
+                data=opened.name, **{k: v for k,v in planned.items() if v})
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
-    tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], recipe.epochs, progress)
-    failed = EXECUTORS[executor](jobs, share_teacher)(todo, tick, deadline)
+    epochs = sum(s.recipe.counted(opened.n_train).epochs for s,_ in todo)
+    tick = _Progress([j for _,j in todo], [j for _,j in runs.values()], epochs, progress)
+    work = lambda cells: EXECUTORS[executor](jobs, share_teacher)(cells, tick, deadline)
+    failed = work(todo) if looks is None else _look_by_look(out, todo, work)
     return _finished(out, failed)
 
 # %% ../nbs/27_comparison.ipynb #710f5301
@@ -134,13 +145,29 @@ def _check_call(data, executor, minutes):
     raise InputError(f"data must be a description such as 'cifar100:FOLDER', so that worker processes can open it, "
                      f"got {type(data).__name__}. [help: argument]")
 
+# %% ../nbs/27_comparison.ipynb #4ed0842a
+def _check_options(options, by_seed, equal_time, share_teacher, executor):
+    "`InputError` for options that do not go together"
+    check_by_seed(by_seed, options)
+    if share_teacher: check_shared({**options, **by_seed}, executor)
+    if equal_time: check_equal_time(options, share_teacher)
+
 # %% ../nbs/27_comparison.ipynb #1b99c35a
-def _runs(cells, recipe, data, out, threads, keep, options):
+def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     "Folder of each cell to its setup and job"
     decides, rest = split_options(options)
     kept = lambda seed: keep if isinstance(keep, bool) else seed in keep
-    return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed, **decides),
+    return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
+                             **{**decides, **varied(by_seed, c.seed)}),
                        Job(out/c.folder, threads=threads, keep_student=kept(c.seed), **rest)) for c in cells}
+
+def _of_equal_time(runs, method, out, sources, n_train):
+    "The runs, each as long as a method's where one is named, and what steps take"
+    if method is None: return runs, {}
+    _check_plans([s for s,_ in runs.values()], sources)
+    timed = step_times(runs, str(parse_method(method)), out, sources)
+    at = lambda f, recipe: at_length(recipe, timed['ratios'][pair_and_method(f)]['ratio'], n_train)
+    return {f: (replace(s, recipe=at(f, s.recipe)), j) for f,(s,j) in runs.items()}, timed
 
 def _prepare(runs, sources, out):
     "Check all that can be checked, measure the teachers; the cells that are not finished"
@@ -151,6 +178,18 @@ def _prepare(runs, sources, out):
     for _,j in runs: j.out.parent.mkdir(parents=True, exist_ok=True)
     _measure_teachers(runs, sources, out)
     return [r for r in runs if r not in finished]
+
+# %% ../nbs/27_comparison.ipynb #c91f1c4c
+def _look_by_look(out, todo, work):
+    "Train the seeds of one look after the other until it is decided; what failed"
+    for n in (seen := Comparison(out)).looks.at:
+        if seen.decided(): break
+        seeds = seen.planned_seeds[:n]
+        failed = work([(s, j) for s,j in todo if s.seed in seeds and not (j.out/'manifest.json').is_file()])
+        seen = Comparison(out)
+        if failed or seen.look < n: return failed
+    print(seen.notes()[-1])
+    return {}
 
 # %% ../nbs/27_comparison.ipynb #d6420115
 def _finished(out, failed):
@@ -190,6 +229,61 @@ class Comparison:
         return [f for f,m in self.manifests.items() if m.get('status') == 'diverged']
 
     def _reference(self, asked=None): return str(parse_method(asked or self.grid['reference']))
+
+# %% ../nbs/27_comparison.ipynb #8b28224d
+@patch(as_prop=True)
+def looks(self:Comparison): # None where none are planned
+    "When to look, see `Looks`"
+    return Looks.from_dict(self.grid['looks']) if self.grid.get('looks') else None
+
+@patch(as_prop=True)
+def equal_time(self:Comparison): # '' for runs of equal steps
+    "The method whose training time the others have"
+    return self.grid.get('equal_time', {}).get('method', '')
+
+@patch(as_prop=True)
+def planned_seeds(self:Comparison): # In their order
+    "All seeds of the comparison"
+    return list(dict.fromkeys(int(re.search(r'seed(-?\d+)$', c)[1]) for c in self.grid['cells']))
+
+@patch(as_prop=True)
+def look(self:Comparison): # 0 before the first, None without a plan
+    "Seeds of the last look that can be taken"
+    if self.looks is None: return None
+    lacking = {int(c.rpartition('seed')[2]) for c in self.grid['cells'] if c not in self.manifests}
+    seeds = self.planned_seeds
+    return self.looks.reached(next((i for i,s in enumerate(seeds) if s in lacking), len(seeds)))
+
+@patch(as_prop=True)
+def correction(self:Comparison) -> dict: # Arguments of `contrasts`
+    "What the tests may use of the error, and the margin"
+    if self.looks is None: return dict(share=1., margin=None)
+    return dict(share=self.looks.share(self.look or self.looks.at[0]), margin=self.looks.margin)
+
+# %% ../nbs/27_comparison.ipynb #a7639628
+@patch
+def tested(self:Comparison,
+    runs:pd.DataFrame # With a column `seed`
+) -> pd.DataFrame: # Those of the last look, all without a plan
+    "The runs that tests may use"
+    return runs if self.looks is None else runs[runs.seed.isin(self.planned_seeds[:self.look])]
+
+@patch
+def decided(self:Comparison) -> bool: # False without planned looks
+    "Whether the last look has decided every difference"
+    if not self.look: return False
+    if not self.looks.differences:
+        table = self.table()
+        return is_decided(table[table.method != self._reference()].verdict)
+    pairs = self.tested(self.runs).groupby(['student', 'teacher'])
+    return is_decided(v for _,g in pairs for v in self._plan_tests(g).verdict)
+
+@patch
+def _plan_tests(self:Comparison, runs):
+    "The differences of the plan, for runs of one pair"
+    values = {m: g.set_index('seed')[self.task.metric] for m,g in runs.groupby('method')}
+    asked = [tuple(str(parse_method(m)) for m in d) for d in self.looks.differences]
+    return contrasts(values, asked, larger_is_better=self.task.larger_is_better, **self.correction)
 
 # %% ../nbs/27_comparison.ipynb #eb1e2bdc
 FULL_DATA = { # The paper's data sets: start of our name, images of both splits
@@ -244,7 +338,14 @@ def _row(self:Comparison, student, teacher, method, runs, base, level):
             'ms per step': runs.ms_per_step.median(), 'memory (MB)': runs.memory_mb.median(),
             'added parameters': int(runs.added_parameters.max()),
             'published': first['value'], 'source': first['source'],
+            **({'epochs': np.mean([*map(self._epochs, runs.folder)])} if self.equal_time else {}),
             'diverged': sum(f in self.diverged for f in runs.folder)}
+
+@patch
+def _epochs(self:Comparison, folder):
+    "Length of a run, perhaps a fraction"
+    m = self.manifests[folder]; r = m['settings']['recipe']
+    return r['steps']/m['cost']['steps_per_epoch'] if r.get('steps') else float(r['epochs'])
 
 # %% ../nbs/27_comparison.ipynb #06674f09
 @patch
@@ -261,15 +362,17 @@ def table(self:Comparison,
 ) -> pd.DataFrame: # One row per pair and method; accuracies and differences in percentage points
     "Last epoch: mean, sd, n, interval; best epoch; difference to the reference with corrected interval and p; cost; figure"
     ref, metric, rows = self._reference(reference), self.task.metric, []
-    sign = 1 if self.task.larger_is_better else -1
+    sign, share, margin = 1 if self.task.larger_is_better else -1, *self.correction.values()
     for (student,teacher),group in self.runs.groupby(['student', 'teacher'], sort=False):
         of = lambda m: group[group.method == m]
-        base = of(ref).set_index('seed')[metric]
+        base = self.tested(of(ref)).set_index('seed')[metric]
         made = lambda m, level=.95: self._row(student, teacher, m, of(m), base if m != ref else None, level)
         order = self._order(group)
-        own = [made(m, level) for m,level in zip(order, holm_levels([made(m)['p'] for m in order]))]
-        for row,p in zip(own, holm([r['p'] for r in own])):
-            word = verdict_word(sign*row['difference'], p) if len(base) else 'no reference'
+        levels, raised = corrected([made(m)['p'] for m in order], share, margin is not None)
+        for row,p in zip(map(made, order, levels), raised):
+            low, high = row['difference low'], row['difference high']
+            none = 'not looked at yet' if self.look == 0 else 'no reference'
+            word = judge(row['difference'], low, high, p, margin, sign) if len(base) else none
             rows.append({**row, 'p (Holm)': p, 'verdict': '' if row['method'] == ref else word})
     found = pd.DataFrame(rows, columns=None if rows else _columns(metric))
     return found if self.diverged else found.drop(columns='diverged', errors='ignore')
@@ -293,6 +396,7 @@ def _line(r, metric):
              _num(r.difference, '+.2f'), _span(r['difference low'], r['difference high'], '+.2f'),
              _num(r['p (Holm)'], '.3f'), _num(r['ms per step'], '.0f'), _num(r['memory (MB)'], '.0f'),
              f"{r['added parameters']:,}", paper]
+    if 'epochs' in r: cells.append(f'{r.epochs:.1f}')
     return f"| {' | '.join(map(str, cells))} |"
 
 @patch
@@ -302,26 +406,65 @@ def _title(self:Comparison, student, teacher, ref):
     good = next((v[task.metric] for v in self.teachers.values() if v['name'] == teacher), None)
     said = '' if good is None else f' ({task.text(good)})'
     what = f'{task.metric} in {task.unit}' if task.unit else task.metric
-    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed'
+    time = f'; all train as long as {self.equal_time}' if self.equal_time else ''
+    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed{time}'
 
 # %% ../nbs/27_comparison.ipynb #b4d589bd
-def _head(metric):
-    "Header of a table as Markdown"
+def _head(metric, epochs=False):
+    "Header of a table as Markdown, perhaps with a column of epochs"
+    more = ('| epochs |', '|--:|') if epochs else ('|', '|')
     return [f'| method | verdict | {metric} | sd | n | 95 % interval | best epoch | difference | corrected interval '
-            '| p (Holm) | ms/step | MB | added parameters | published |',
-            '|---|---|--:|--:|--:|---|--:|--:|---|--:|--:|--:|--:|---|']
+            f'| p (Holm) | ms/step | MB | added parameters | published {more[0]}',
+            f'|---|---|--:|--:|--:|---|--:|--:|---|--:|--:|--:|--:|---{more[1]}']
 
 @patch
 def _remarks(self:Comparison):
     "What a reader of the tables must know"
     versions, cells = {m['code']['source'] for m in self.manifests.values()}, self.grid['cells']
     if len(versions) > 1: yield from (f'The runs were made by {len(versions)} versions of the code.', '')
-    missing = [c for c in cells if c not in self.manifests]
+    for text in self.unlike()[:3]: yield from (f'Runs differ in more than methods and seeds: {text}.', '')
+    missing = [] if self.decided() else [c for c in cells if c not in self.manifests]
     few = ', '.join(missing[:3]) + ', ...'*(len(missing) > 3)
     if missing: yield from (f'Not run: {len(missing)} of {len(cells)} cells ({few}).', '')
     bad = ', '.join(self.diverged[:3]) + ', ...'*(len(self.diverged) > 3)
     n = f'{len(self.diverged)} of {len(self.manifests)}'
     if bad: yield from (f'Diverged, so that the student has learnt nothing: {n} runs ({bad}).', '')
+    for note in self.notes(): yield from (note, '')
+
+# %% ../nbs/27_comparison.ipynb #ce846483
+@patch
+def unlike(self:Comparison) -> list[str]: # Empty where all is as planned
+    "In what runs differ that should be alike"
+    return unlike(self.manifests, self.grid.get('by_seed', {}), bool(self.equal_time))
+
+# %% ../nbs/27_comparison.ipynb #cf8884c0
+@patch
+def notes(self:Comparison) -> list[str]: # The last one about the looks, where there are any
+    "What was planned beyond methods and seeds, in words"
+    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain "
+             "what that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
+    if self.equal_time: found.append(self._time_note())
+    return found if self.looks is None else [*found, self._looks_note()]
+
+@patch
+def _time_note(self:Comparison):
+    "What the lengths of an equal-time comparison rest on"
+    seen = self.grid['equal_time']['ratios'].values()
+    told = lambda k: ' and '.join(sorted({v[k] for v in seen}))
+    return (f"At equal time: each method trains for as many steps as the time of {self.equal_time} holds, by {told('clock')} "
+            f"of a step on {told('processor') or 'an unnamed processor'}. Each runs its whole schedule, rounded to a step.")
+
+@patch
+def _looks_note(self:Comparison):
+    "Which look it is, and what is corrected"
+    looks, n, at = self.looks, self.look, ', '.join(map(str, self.looks.at))
+    if not n: return f'Not looked at yet: looks are planned at {at} seeds.'
+    ends = 'the last one, and not every difference is decided' if n == looks.at[-1] else 'not decided, so more seeds are needed'
+    points = ' points' if self.task.unit == 'percent' else ''
+    margin = '' if looks.margin is None else f' A gain below {looks.margin:g}{points} is not worth its cost.'
+    return (f"Look at {n} seeds of those planned at {at}: {'decided, so no further seed is needed' if self.decided() else ends}. "
+            f"Intervals and p carry the correction for {len(looks.at)} looks: the tests of this one use "
+            f"{5*looks.share(n):.2f} of the 5 % error.{margin}")
 
 # %% ../nbs/27_comparison.ipynb #62fa4325
 @patch
@@ -332,7 +475,7 @@ def markdown(self:Comparison,
     "The table as Markdown"
     ref, metric, out = self._reference(reference), self.task.metric, []
     for (student,teacher),g in self.table(reference).groupby(['student', 'teacher'], sort=False):
-        lines = [*_head(metric), *[_line(r, metric) for _,r in g.iterrows()]]
+        lines = [*_head(metric, bool(self.equal_time)), *[_line(r, metric) for _,r in g.iterrows()]]
         out += [self._title(student, teacher, ref), '', *(lines if cost else map(_without_cost, lines)), '']
     return '\n'.join([*out, *self._remarks()])
 
@@ -353,9 +496,10 @@ def verdicts(self:Comparison,
 ) -> list[str]: # One sentence per pair and method
     "The paired differences in words"
     ref, points = self._reference(reference), ' points' if self.task.unit == 'percent' else ''
+    looks = len(self.looks.at) if self.looks else 1
     def say(r):
         low, high = r['difference low'], r['difference high']
-        said = difference_text(r.difference, low, high, r['p (Holm)'], r.pairs, r.verdict, points)
+        said = difference_text(r.difference, low, high, r['p (Holm)'], r.pairs, r.verdict, points, looks)
         bad = f" {r.diverged} of its {r.n} runs diverged." if r.get('diverged', 0) else ''
         return f'{r.student}, {r.method} - {ref}: {said}{bad}'
     return [say(r) for _,r in self.table(reference).iterrows() if r.method != ref]
@@ -371,7 +515,7 @@ def save(self:Comparison):
     "Write table.csv, table.md and verdicts.txt into the folder"
     write_whole(self.folder/'table.csv', self.table_text())
     write_whole(self.folder/'table.md', self.markdown())
-    write_whole(self.folder/'verdicts.txt', '\n'.join(self.verdicts()) + '\n')
+    write_whole(self.folder/'verdicts.txt', '\n'.join([*self.verdicts(), *self.notes()]) + '\n')
 
 # %% ../nbs/27_comparison.ipynb #d8c8bbcc
 @patch

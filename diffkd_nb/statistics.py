@@ -11,7 +11,8 @@ import pandas as pd
 from scipy.stats import ttest_1samp, ttest_rel
 
 # %% auto #0
-__all__ = ['interval', 'paired_test', 'holm', 'verdict_word', 'holm_levels', 'difference_text', 'contrasts']
+__all__ = ['NO_GAIN', 'interval', 'paired_test', 'holm', 'verdict_word', 'holm_levels', 'corrected', 'judge', 'difference_text',
+           'contrasts']
 
 # %% ../nbs/25_statistics.ipynb #dbd8ae05
 def interval(
@@ -72,15 +73,42 @@ def holm_levels(
         left -= not stopped
     return out.tolist()
 
+# %% ../nbs/25_statistics.ipynb #6a83f4bc
+NO_GAIN = 'no gain worth its cost' # Verdict on a difference that is surely below a stated margin
+
+def corrected(
+    ps, # p values of tests that are looked at together; NaN for none
+    share:float=1., # Of the error that these tests may use; below 1 where the same is tested several times
+    at_once:bool=False, # Whether the intervals that contain zero hold all at once, as a margin needs
+    level:float=.95 # Confidence of the interval where there is one
+) -> tuple: # Level of each one's interval, p after correction
+    "Holm's correction within a share of the error"
+    error, ps = share*(1 - level), np.asarray(ps, float)
+    levels, raised = holm_levels(ps, 1 - error), np.minimum(1., np.array(holm(ps))/share).tolist()
+    bonferroni = 1 - error/max(1, int((~np.isnan(ps)).sum()))
+    if at_once: levels = [each if p <= .05 else bonferroni for each,p in zip(levels, raised)]
+    return levels, raised
+
+def judge(
+    difference:float, low:float, high:float, p:float, # As in `contrasts`, p after correction
+    margin:float|None=None, # Gain that would be worth its cost
+    sign:int=1 # -1 where less is better
+) -> str: # As `verdict_word`, or `NO_GAIN`
+    "A difference in words, beside a margin"
+    word, highest = verdict_word(sign*difference, p), high if sign > 0 else -low
+    return NO_GAIN if word == 'not distinguishable' and margin is not None and highest < margin else word
+
 # %% ../nbs/25_statistics.ipynb #f7e416f2
 def difference_text(
     difference:float, low:float, high:float, p:float, # As in `contrasts`, p after Holm's correction
     n:int, # Seeds
     verdict:str, # From `verdict_word`
-    unit:str='' # Word after the difference, with its space
+    unit:str='', # Word after the difference, with its space
+    looks:int=1 # How often the same is tested, see `Looks`
 ) -> str:
     "A difference with its corrected interval, p and verdict, in words"
-    sure = f', corrected 95 % interval {low:+.2f} to {high:+.2f}, p {p:.3f} (Holm), {n} seeds' if n > 1 else ''
+    by = f'Holm, {looks} looks' if looks > 1 else 'Holm'
+    sure = f', corrected 95 % interval {low:+.2f} to {high:+.2f}, p {p:.3f} ({by}), {n} seeds' if n > 1 else ''
     return f'{difference:+.2f}{unit}{sure}: {verdict}.'
 
 # %% ../nbs/25_statistics.ipynb #f4012b3f
@@ -88,19 +116,21 @@ def contrasts(
     values:dict, # Name to a series of one value per seed
     differences, # Pairs of names, first minus second
     level:float=.95, # Confidence of the interval of a single difference
-    larger_is_better:bool=True # Which sign of a difference is better
+    larger_is_better:bool=True, # Which sign of a difference is better
+    share:float=1., # Of the error that these tests may use, see `corrected`
+    margin:float|None=None # Gain that would be worth its cost
 ) -> pd.DataFrame: # A row per difference: mean, low, high, n, p, p (Holm), verdict
     "Paired differences, tested together; seeds that one of two lacks are left out"
     rows, none = [], pd.Series(dtype=float)
     shared = lambda a, b: pd.concat([values.get(a, none), values.get(b, none)], axis=1, join='inner')
     both = [shared(a, b).to_numpy(float).T for a,b in differences]
-    ps = [paired_test(*x)[3] for x in both]
-    for (a,b),x,each in zip(differences, both, holm_levels(ps, level)):
+    levels, raised = corrected([paired_test(*x)[3] for x in both], share, margin is not None, level)
+    for (a,b),x,each in zip(differences, both, levels):
         d, low, high, p = paired_test(*x, each)
         rows.append({'pair': f'{a} - {b}', 'difference': d, 'low': low, 'high': high, 'n': x.shape[1], 'p': p})
     found = pd.DataFrame(rows).set_index('pair')
-    found['p (Holm)'] = holm(found.p)
+    found['p (Holm)'] = raised
     sign = 1 if larger_is_better else -1
-    word = lambda r: verdict_word(sign*r.difference, r['p (Holm)']) if r.n else 'not run'
+    word = lambda r: judge(r.difference, r.low, r.high, r['p (Holm)'], margin, sign) if r.n else 'not run'
     found['verdict'] = [word(r) for _,r in found.iterrows()]
     return found

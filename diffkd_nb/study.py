@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .commands import add_fields, at_least, guarded
 from .comparison import Comparison, compare
 from .files import InputError
+from .looks import Looks
 from .methods import METHODS, parse_method
 from .recipes import OneCycle, Recipe, get_recipe
 from .setup import choose_device
@@ -34,6 +35,7 @@ class Setting:
     options:dict # Further arguments of `run`
     core_minutes:float # Of one run on one core, measured once; a guess until runs are on record
     query:str='' # What follows the folder in the description of the data, such as `'holdout=500'`
+    by_seed:dict=field(default_factory=dict) # What else a seed varies, see `compare`
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
@@ -63,6 +65,8 @@ class Question:
     differences:tuple # Pairs of short names, first minus second, tested together
     seeds:tuple # Used for this question alone
     fewer:dict=field(default_factory=dict) # Variant to the number of the first seeds, where it gets fewer than all
+    looks:Looks|None=None # When to look whether the differences are decided; all seeds by default
+    equal_time:str='' # A variant: all train as long as it does; equal steps by default
 
     def seeds_of(self, variant): return self.seeds[:self.fewer.get(variant, len(self.seeds))]
 
@@ -154,6 +158,17 @@ QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand o
     Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
         tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))))}
 
+# %% ../nbs/32_study.ipynb #af9909cd
+_TIMED = { # Variants at equal time
+    'KD': 'kd', 'KD + DiffKD': 'kd+diffkd:taps=feature', 'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature', 'DiffKD': 'diffkd',
+    'identity': f'diffkd:{_IDENTITY}'}
+_TIMED_BESIDE = ( # What answers it
+    ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('KD + identity', 'KD'), ('DiffKD', 'identity'), ('DiffKD', 'KD'))
+QUESTIONS |= {q.key: q for q in ( # The same time for all variants
+    Question('1-time', 'Does the denoiser add anything in the time that KD takes?', 'S1', _TIMED, _TIMED_BESIDE,
+             tuple(range(700, 705)), equal_time='KD'),
+    Question('text-time', 'Does it on sentences?', 'S2 held out', _TIMED, _TIMED_BESIDE, tuple(range(710, 720)), equal_time='KD'))}
+
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
 def cost(self:Question,
@@ -162,13 +177,20 @@ def cost(self:Question,
     "What is done, and what the rest takes"
     known, setting = _on_record(Path(folder)), SETTINGS[self.setting]
     rows = []
+    n = _seeds_needed(self, Path(folder))
     for name,text in self.variants.items():
         own = known[known.method == str(parse_method(text))]
         minutes = own.seconds.mean()/60 if len(own) else setting.core_minutes
-        seeds = self.seeds_of(name)
+        seeds = [s for s in self.seeds_of(name) if s in self.seeds[:n]]
         left = len(seeds) - own.seed.isin(seeds).sum()
         rows.append(dict(variant=name, done=len(seeds) - left, left=left, minutes=minutes, hours=left*minutes/60))
     return pd.DataFrame(rows).set_index('variant')
+
+def _seeds_needed(q, folder):
+    "How many seeds a question takes: all, or those of the look that has decided it"
+    if q.looks is None or not folder.is_dir(): return len(q.seeds)
+    found = Comparison(folder)
+    return found.look if found.decided() else len(q.seeds)
 
 def _on_record(folder):
     "Method, seed, seconds of each finished run"
@@ -195,8 +217,9 @@ def answer(self:Question,
     found = Comparison(folder)
     names = {str(parse_method(t)): n for n,t in self.variants.items()}
     runs = found.runs.assign(method=lambda d: d.method.map(names))
-    values = {n: g.set_index('seed')[found.task.metric] for n,g in runs[runs.seed.isin(self.seeds)].groupby('method')}
-    return contrasts(values, self.differences)
+    runs = found.tested(runs[runs.seed.isin(self.seeds)])
+    values = {n: g.set_index('seed')[found.task.metric] for n,g in runs.groupby('method')}
+    return contrasts(values, self.differences, **found.correction)
 
 # %% ../nbs/32_study.ipynb #dfb934fb
 @patch
@@ -231,6 +254,14 @@ def _begun_elsewhere(q, asked, out, graph):
 
 _IN_MEMORY = 'digits', 'cifar10', 'cifar100' # Kinds of data whose runs can share a process, see `check_streams`
 
+def _planned_looks(q, each, here):
+    "The looks of a question, as `compare` takes them"
+    if tuple(here) != q.seeds:
+        raise InputError(f"question {q.key} has looks at {q.looks.at}, and its looks take its seeds in their order: all of them on one "
+                         f"kind of machine. Got {tuple(here)}.")
+    differences = [[q.variants[v] for v in pair] for pair in q.differences]
+    return replace(q.looks, seeds=each, differences=differences)
+
 def _seeds_here(q, asked, out, graph):
     "The seeds to train on this kind of device"
     elsewhere = _begun_elsewhere(q, asked, out, graph)
@@ -261,11 +292,13 @@ def study(
     on_gpu = dict(graph=True, eval_batch=2000) if place.type == 'cuda' else {}
     if not (here := _seeds_here(q, asked, out, bool(on_gpu))): return Comparison(out)
     each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
+    if q.looks is not None: each = _planned_looks(q, each, here)
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
     how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=[q.seeds[0]])
+    plan = dict(by_seed=s.by_seed, equal_time=q.variants[q.equal_time] if q.equal_time else None)
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache, progress=progress,
-                   **{**how, **s.options, **on_gpu})
+                   **plan, **{**how, **s.options, **on_gpu})
 
 # %% ../nbs/32_study.ipynb #1300259c
 def main(

@@ -23,7 +23,7 @@ from .tasks import task_of
 from .trust import leads_out, read_manifest, trusted_spec
 
 # %% auto #0
-__all__ = ['TABLE_CHECK', 'UNREADABLE', 'Check', 'Report', 'add_same', 'verify']
+__all__ = ['TABLE_CHECK', 'ALIKE_CHECK', 'UNREADABLE', 'Check', 'Report', 'add_same', 'verify']
 
 # %% ../nbs/28_verify.ipynb #9a81d5e4
 class Check(NamedTuple):
@@ -34,6 +34,7 @@ class Check(NamedTuple):
     detail:str='' # What was found
 
 TABLE_CHECK = 'the table is what the runs give' # The question about a comparison as a whole
+ALIKE_CHECK = 'runs differ in methods, and in what seeds vary' # Another one
 UNREADABLE = 'the manifest can be read' # The question before all others
 
 class Report(list):
@@ -43,7 +44,7 @@ class Report(list):
         bad, skipped = [c for c in self if c.ok is False], [c for c in self if c.ok is None]
         say = lambda c: f"{'skipped' if c.ok is None else 'FAILED '} {c.run}: {c.what}{c.detail and ': ' + c.detail}"
         lines = [say(c) for c in bad + skipped]
-        runs = len({c.run for c in self if c.what != TABLE_CHECK})
+        runs = len({c.run for c in self if c.what not in (TABLE_CHECK, ALIKE_CHECK)})
         counts = f"{len(self)} checks, {len(bad)} failed, {len(skipped)} could not be made."
         return '\n'.join([*lines, f"{runs} run{'s' if runs != 1 else ''}, {counts}"])
 
@@ -156,6 +157,12 @@ def _check_table(folder):
     except Exception as e: return Check(str(folder), TABLE_CHECK, False, f'it cannot be made: {e!r}')
     return Check(str(folder), TABLE_CHECK, same, 'another table')
 
+def _check_alike(folder):
+    "Whether the runs of a comparison differ in nothing that was not planned"
+    try: other = Comparison(folder).unlike()
+    except Exception as e: return Check(str(folder), ALIKE_CHECK, False, f'it cannot be told: {e!r}')
+    return Check(str(folder), ALIKE_CHECK, not other, '; '.join(other[:3]))
+
 # %% ../nbs/28_verify.ipynb #3c5aad39
 def _check_run(out, m, find, sources, device): # False for no evaluation
     "All questions about a finished run"
@@ -194,7 +201,7 @@ def verify(
     unread = [Path(c.run) for c in checks if c.what == UNREADABLE]
     tables = sorted(f.parent for f in folder.rglob('grid.json') if (f.parent/'table.csv').is_file())
     readable = [t for t in tables if not links and not any(u.is_relative_to(t) for u in unread)]
-    checks += [_check_table(t) for t in readable]
+    checks += [check(t) for t in readable for check in (_check_table, _check_alike)]
     return checks
 
 # %% ../nbs/28_verify.ipynb #238a69dc
