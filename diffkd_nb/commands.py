@@ -273,8 +273,10 @@ def _grid_options(p):
 def _seeds(a):
     "How many seeds, or when to look"
     if a.looks is None and a.margin is None: return a.seeds
-    if a.looks is None: raise InputError("--margin goes with --looks: name the numbers of seeds to look at, such as 3 5 8.")
-    if a.seeds not in (3, a.looks[-1]): raise InputError("--looks says how many seeds there are: leave --seeds out.")
+    if a.looks is None:
+        raise InputError("--margin goes with --looks: name the numbers of seeds to look at, such as 3 5 8. [help: comparison]")
+    if a.seeds not in (3, a.looks[-1]):
+        raise InputError("--looks says how many seeds there are: leave --seeds out. [help: comparison]")
     return Looks(a.looks, a.margin)
 
 def _by_seed(texts):

@@ -104,8 +104,8 @@ def check_equal_time(
     "`InputError` for what makes a step cost something else than was measured"
     for name,on in (('cache', options.get('cache')), ('share_teacher', share_teacher)):
         if not on: continue
-        raise InputError(f"equal_time and {name} do not go together: a step would cost something else than was measured. "
-                         "Leave one of them out.")
+        raise InputError(f"equal_time and {name} do not go together: a step would cost something else than was "
+                         "measured. Leave one of them out. [help: comparison]")
 
 # %% ../nbs/26a_equal_time.ipynb #f497a063
 def step_times(
@@ -118,9 +118,10 @@ def step_times(
     grid = stored_plan(out); old = grid.get('equal_time', {})
     if grid and old.get('method') != method:
         raise InputError(f"{out} was begun {'at equal time with ' + old['method'] if old else 'at equal steps'}, got "
-                         f"equal_time={method!r}: name another folder.")
+                         f"equal_time={method!r}: name another folder. [help: other-settings]")
     if method not in {str(s.method) for s,_ in runs.values()}:
-        raise InputError(f"equal_time names {method!r}, which is not among the methods: add it, or name one of them.")
+        raise InputError(f"equal_time names {method!r}, which is not among the methods: add it, or name one of them. "
+                         "[help: comparison]")
     first, ratios = {}, dict(old.get('ratios', {}))
     for f,run in runs.items(): first.setdefault(pair_and_method(f), run)
     for pair in dict.fromkeys(pair_and_method(g) for g in first):

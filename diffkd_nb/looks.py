@@ -31,9 +31,10 @@ class Looks:
         object.__setattr__(self, 'differences', tuple(tuple(map(str, d)) for d in self.differences))
         rising = all(isinstance(n, int) and n > 1 for n in self.at) and list(self.at) == sorted(set(self.at))
         if not rising or not self.at:
-            raise InputError(f"looks are rising numbers of seeds from 2 on, such as (3, 5, 8), got {self.at}.")
+            raise InputError(f"looks are rising numbers of seeds from 2 on, such as (3, 5, 8), got {self.at}. "
+                             "[help: comparison]")
         if self.margin is not None and not self.margin > 0:
-            raise InputError(f"margin must be a positive number of points, got {self.margin!r}.")
+            raise InputError(f"margin must be a positive number of points, got {self.margin!r}. [help: comparison]")
 
 # %% ../nbs/25b_looks.ipynb #6251f244
 @patch
@@ -68,10 +69,12 @@ def check(self:Looks,
     reference:str # The one that the others are compared with
 ):
     "`InputError` for looks that cannot be taken"
-    if n != self.at[-1]: raise InputError(f"looks at {self.at} end with {self.at[-1]} seeds, got {n} seeds.")
+    if n != self.at[-1]:
+        raise InputError(f"looks at {self.at} end with {self.at[-1]} seeds, got {n} seeds. [help: comparison]")
     named = {str(parse_method(m)) for d in self.differences for m in d} or {reference}
     if lacks := sorted(named - set(methods)):
-        raise InputError(f"the looks compare with {', '.join(lacks)}, which is not among the methods {sorted(methods)}.")
+        raise InputError(f"the looks compare with {', '.join(lacks)}, which is not among the methods "
+                         f"{sorted(methods)}. [help: comparison]")
 
 # %% ../nbs/25b_looks.ipynb #c5d52091
 def stored_plan(
@@ -91,8 +94,8 @@ def check_plan(
     if looks is not None: looks.check(len({c.seed for c in cells}), {c.method for c in cells}, reference)
     grid, new = stored_plan(out), looks and looks.to_dict()
     if not grid or (old := grid.get('looks')) == new: return
-    raise InputError(f"{out} was begun with {_plan_text(old)}, got {_plan_text(new)}: looks are planned before the runs. "
-                     "Go on with the same, or name another folder.")
+    raise InputError(f"{out} was begun with {_plan_text(old)}, got {_plan_text(new)}: looks are planned before the "
+                     "runs. Go on with the same, or name another folder. [help: other-settings]")
 
 def _plan_text(looks):
     "A plan in words"
@@ -121,10 +124,12 @@ def check_by_seed(
     "`InputError` for what seeds cannot vary"
     for k,values in by_seed.items():
         if k not in VARIED:
-            raise InputError(f"by_seed varies what rounds differently ({', '.join(VARIED)}), got {k!r}.")
-        if k in options: raise InputError(f"{k} stands in by_seed and by itself: leave one of them out.")
+            raise InputError(f"by_seed varies what rounds differently ({', '.join(VARIED)}), got {k!r}. "
+                             "[help: comparison]")
+        if k in options:
+            raise InputError(f"{k} stands in by_seed and by itself: leave one of them out. [help: comparison]")
         if isinstance(values, (list, tuple)) and len(values) > 1: continue
-        raise InputError(f"by_seed needs a list of at least two values of {k}, got {values!r}.")
+        raise InputError(f"by_seed needs a list of at least two values of {k}, got {values!r}. [help: comparison]")
 
 def varied(
     by_seed:dict, # Option of `run` to its values

@@ -160,14 +160,16 @@ QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand o
 
 # %% ../nbs/32_study.ipynb #af9909cd
 _TIMED = { # Variants at equal time
-    'KD': 'kd', 'KD + DiffKD': 'kd+diffkd:taps=feature', 'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature', 'DiffKD': 'diffkd',
-    'identity': f'diffkd:{_IDENTITY}'}
+    'KD': 'kd', 'KD + DiffKD': 'kd+diffkd:taps=feature', 'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature',
+    'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'}
 _TIMED_BESIDE = ( # What answers it
-    ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('KD + identity', 'KD'), ('DiffKD', 'identity'), ('DiffKD', 'KD'))
+    ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('KD + identity', 'KD'), ('DiffKD', 'identity'),
+    ('DiffKD', 'KD'))
 QUESTIONS |= {q.key: q for q in ( # The same time for all variants
     Question('1-time', 'Does the denoiser add anything in the time that KD takes?', 'S1', _TIMED, _TIMED_BESIDE,
              tuple(range(700, 705)), equal_time='KD'),
-    Question('text-time', 'Does it on sentences?', 'S2 held out', _TIMED, _TIMED_BESIDE, tuple(range(710, 720)), equal_time='KD'))}
+    Question('text-time', 'Does it on sentences?', 'S2 held out', _TIMED, _TIMED_BESIDE, tuple(range(710, 720)),
+             equal_time='KD'))}
 
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
@@ -257,8 +259,8 @@ _IN_MEMORY = 'digits', 'cifar10', 'cifar100' # Kinds of data whose runs can shar
 def _planned_looks(q, each, here):
     "The looks of a question, as `compare` takes them"
     if tuple(here) != q.seeds:
-        raise InputError(f"question {q.key} has looks at {q.looks.at}, and its looks take its seeds in their order: all of them on one "
-                         f"kind of machine. Got {tuple(here)}.")
+        raise InputError(f"question {q.key} has looks at {q.looks.at}, and its looks take its seeds in their order: all "
+                         f"of them on one kind of machine. Got {tuple(here)}. [help: comparison]")
     differences = [[q.variants[v] for v in pair] for pair in q.differences]
     return replace(q.looks, seeds=each, differences=differences)
 

@@ -69,7 +69,7 @@ NAMELESS = {
     'run._distilling': "the method's own error, with its name", 'run._stored_setup': "the manifest's own error, with its name",
     'setup.warning': 'the error of `slow_precision`, with its name', 'setup.plan': "the taps' own error, with its name",
     'taps._place': "the layout's own error, with its name", 'fast.record': 'the error of the step itself',
-    'shared_teacher.said': 'no error of ours', 'engine.time_limit.end': 'caught where the limit was set', 'recipes.after_batch': "fastai's way to end a batch",
+    'equal_time.before_validate': "fastai's way to leave validation out", 'equal_time.after_batch': "fastai's way to end a fit", 'shared_teacher.said': 'no error of ours', 'engine.time_limit.end': 'caught where the limit was set', 'recipes.after_batch': "fastai's way to end a batch",
     'shared_teacher.wait': 'caught where the run began', 'streams.before_batch': 'caught where the run began',
     'teacher_cache.reducer_override': 'told as the reason in the error of `content_key`', 'transforms.as_rgb': 'told as the reason in "cannot be read"'}
 
