@@ -314,7 +314,7 @@ def visit(browser, path):
 
 
 GUIDES = {f"{n}.html" for n in ("index", "quickstart", "resnet50_teaches_resnet18", "distill", "which_method", "what_it_costs", "bring_your_own",
-                                "segmentation_tutorial", "detection_tutorial", "plain_loop", "compare", "troubleshooting")}     # their first code is read on phones too
+                                "segmentation_tutorial", "detection_tutorial", "text_tutorial", "plain_loop", "compare", "troubleshooting")}     # their first code is read on phones too
 STATE = """const done = arguments[0], images = [...document.images]
 images.forEach(i => i.loading = 'eager')
 Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done({
