@@ -232,15 +232,16 @@ def _inputs(xb): return tuple(xb) if isinstance(xb, (tuple, list)) else (xb,)
 def _copy(t): return t.clone() if isinstance(t, Tensor) else t
 
 def transformed(
-    transform:Callable|None, # Function of an input, or of all inputs
+    transform:Callable|None, # Function of an input, or of all inputs; sentences as numbers come as they are
     xb:tuple # Inputs of the student
 ) -> tuple: # Inputs of the teacher
-    "Apply a transform to copies of the pictures, or of all floats where there are no pictures"
+    "Apply a transform to copies of the pictures, of all floats where there are no pictures, of all where there are none"
     if transform is None: return tuple(xb)
-    if len(xb) > 1 and _n_arguments(transform) == len(xb): return _inputs(transform(*tree_map(_copy, tuple(xb))))
     floats = lambda x: isinstance(x, Tensor) and x.is_floating_point()
     picture = lambda x: isinstance(x, Tensor) and x.dim() == 4 and (floats(x) or x.dtype == torch.uint8)
-    wanted = picture if any(map(picture, tree_leaves(list(xb)))) else floats
+    wanted = picture if any(map(picture, leaves := tree_leaves(list(xb)))) else floats
+    if len(xb) > 1 and _n_arguments(transform) == len(xb) or not any(map(wanted, leaves)):
+        return _inputs(transform(*tree_map(_copy, tuple(xb))))
     return tuple(tree_map(lambda x: transform(x.clone()) if wanted(x) else x, x) for x in xb)
 
 def _n_arguments(f):
