@@ -361,4 +361,5 @@ def which_method(): # -> DataFrame, one row for each method
 def _dense_text(cls):
     "What a method compares in a model that gives a score for each pixel; '-' where it cannot"
     taps = cls.dense_taps or cls.default_taps
+    if cls.for_boxes or set(taps) & {'fpn', 'heads', 'rois'}: return '-'
     return ', '.join('class map' if t == 'logits' else t for t in taps) if cls.dense or 'logits' not in taps else '-'
