@@ -13,6 +13,7 @@ import torch
 from fastai.basics import Callback, CancelFitException, CancelValidException
 from .files import InputError
 from .looks import stored_plan
+from .memory import keep_memory
 from .recipes import Recipe
 from .record import processor_name
 from .rng import same_rng
@@ -66,7 +67,7 @@ def step_ratios(
     job, threads = cells[reference][1], torch.get_num_threads()
     clock, called = _clock(job.place)
     on_gpu, found = job.place.type == 'cuda', {m: [] for m in cells}
-    with same_rng():
+    with same_rng(), keep_memory(job.place):        # as a run has it
         if not on_gpu: torch.set_num_threads(1)
         timer = lambda: StepTimer(clock, 15 if on_gpu else 2, steps)
         try:
