@@ -240,7 +240,11 @@ def transformed(
     floats = lambda x: isinstance(x, Tensor) and x.is_floating_point()
     picture = lambda x: isinstance(x, Tensor) and x.dim() == 4 and (floats(x) or x.dtype == torch.uint8)
     wanted = picture if any(map(picture, leaves := tree_leaves(list(xb)))) else floats
-    if len(xb) > 1 and _n_arguments(transform) == len(xb) or not any(map(wanted, leaves)):
+    n = _n_arguments(transform)
+    if len(xb) == n != 1 or not any(map(wanted, leaves)):
+        if n not in (None, len(xb)):
+            raise ValueError(f"teacher_transform takes {n} argument(s), and the model has {len(xb)} inputs without pictures or "
+                             "floats: give it one argument for each. [help: other-input]")
         return _inputs(transform(*tree_map(_copy, tuple(xb))))
     return tuple(tree_map(lambda x: transform(x.clone()) if wanted(x) else x, x) for x in xb)
 
