@@ -43,9 +43,7 @@ class TimedBlock(nn.Module):
 class UNetDenoiser(nn.Module):
     "Guesses the noise with a U-Net"
     def __init__(self,
-        channels:int, # Latent width L
-        kind:str='feature', # Not used: vectors (B, L) are maps of one position
-        least:int=8, # Not used
+        channels:int, # Latent width L; vectors (B, L) are maps of one position
         width:int|None=None # Channels at the full size, a multiple of 8; three sixteenths of L by default
     ):
         super().__init__()
@@ -107,9 +105,7 @@ class PositionBlock(nn.Module):
 class MLPDenoiser(nn.Module):
     "Guesses the noise at each position by itself"
     def __init__(self,
-        channels:int, # Latent width L
-        kind:str='feature', # Not used: vectors (B, L) are maps of one position
-        least:int=8, # Not used
+        channels:int, # Latent width L; vectors (B, L) are maps of one position
         width:int|None=None # Channels inside; half of L by default
     ):
         super().__init__()
@@ -154,9 +150,7 @@ def position_code(
 class TransformerDenoiser(MLPDenoiser):
     "Guesses the noise with self-attention over the positions"
     def __init__(self,
-        channels:int, # Latent width L
-        kind:str='feature', # Not used: vectors (B, L) are maps of one position
-        least:int=8, # Not used
+        channels:int, # Latent width L; vectors (B, L) are maps of one position
         width:int|None=None # Channels inside, a multiple of 16; half of L by default
     ):
         w = max(16, round(channels/2/16)*16) if width is None else width
@@ -195,8 +189,9 @@ def make_denoiser(
     least:int=1 # Smallest inner width of the light denoiser
 ) -> nn.Module: # Has `embed`, `predict` and `forward`
     "A denoiser; `ValueError` or `TypeError` for what is none"
+    if denoiser == 'diffusion': return Denoiser(channels, form, least)
     if isinstance(denoiser, str):
-        if denoiser in DENOISERS: return DENOISERS[denoiser](channels, form, least)
+        if denoiser in DENOISERS: return DENOISERS[denoiser](channels)
         raise ValueError(f"denoiser must be one of 'identity', {', '.join(map(repr, DENOISERS))}, a module or a function of the width, "
                          f"got {denoiser!r}. [help: method-options]")
     net = deepcopy(denoiser) if isinstance(denoiser, nn.Module) else denoiser(channels) if callable(denoiser) else None
