@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/comparison.html.md"""
 
 # %% ../nbs/27_comparison.ipynb #4155e9d2
 from __future__ import annotations
-import json, math, os, re, sys, time
+import json, math, os, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -244,13 +244,15 @@ def equal_time(self:Comparison): # '' for runs of equal steps
 @patch(as_prop=True)
 def planned_seeds(self:Comparison): # In their order
     "All seeds of the comparison"
-    return list(dict.fromkeys(int(re.search(r'seed(-?\d+)$', c)[1]) for c in self.grid['cells']))
+    return list(dict.fromkeys(map(_seed_of, self.grid['cells'])))
+
+def _seed_of(cell): return int(cell.rpartition('seed')[2])
 
 @patch(as_prop=True)
 def look(self:Comparison): # 0 before the first, None without a plan
     "Seeds of the last look that can be taken"
     if self.looks is None: return None
-    lacking = {int(c.rpartition('seed')[2]) for c in self.grid['cells'] if c not in self.manifests}
+    lacking = {_seed_of(c) for c in self.grid['cells'] if c not in self.manifests}
     seeds = self.planned_seeds
     return self.looks.reached(next((i for i,s in enumerate(seeds) if s in lacking), len(seeds)))
 
