@@ -7,11 +7,11 @@ data. Ratios are medians of those of the rounds. Pages are those of 4 KiB that t
 milliseconds are those of the process, as a machine with other work wants it; else those of the wall. Needs Linux with glibc. A row is
 stored as soon as it is measured.
 """
-import argparse, json, os, resource, statistics, time, warnings
+import argparse, json, os, resource, statistics, warnings
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from fastai.basics import Callback, Learner, SGD
+from fastai.basics import Learner, SGD
 import fastai.callback.progress, fastai.callback.fp16
 from fastai.losses import CrossEntropyLossFlat
 from diffkd_nb.callback import DistillCallback
@@ -20,39 +20,34 @@ from diffkd_nb.experiment import code_version, environment
 from diffkd_nb.memory import keep_memory
 from diffkd_nb.models import make_model
 from diffkd_nb.precision import CpuAutocast
+from methods import NOW, Clock
 
 PAIRS = [('resnet32_s', 'resnet8_s', 32, 128), ('wrn_40_2', 'wrn_40_1', 32, 64), ('resnet34', 'resnet18', 224, 16)] # With side and batch
 ROWS = [(p, m, 'float32') for p in PAIRS for m in ('alone', 'kd', 'diffkd')] + [(PAIRS[0], m, 'bf16') for m in ('alone', 'diffkd')]
-NOW = dict(wall=time.perf_counter, cpu=time.process_time)
+WARM = 2 # Steps of a round that do not count
 
 
 def filled(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-class Clock(Callback):
-    "Milliseconds and filled pages of a step, the first two left out"
-    order = 90
-    def __init__(self, now): self.now = now
-    def before_train(self): self.n = 0
+class Pages(Clock):
+    "Filled pages beside the time"
     def after_batch(self):
-        if not self.training: return
-        self.n += 1
-        if self.n == 2: self.start, self.pages = self.now(), filled()
-    def after_train(self):
-        n = self.n - 2
-        self.ms, self.filled = 1000*(self.now() - self.start)/n, (filled() - self.pages)/n
+        super().after_batch()
+        if self.training and self.n == self.warm: self.before = filled()
+    def after_train(self): self.filled = filled() - self.before
 
 
 def learner(pair, method, precision, a):
     "A Learner on random pictures"
     teacher, student, side, batch = pair
     torch.manual_seed(0)
-    n = batch*(a.steps + 2)
+    n = batch*(a.steps + WARM)
     x, y = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8), torch.arange(n) % 100
     data = ImageArrays(x, y, x[:2], y[:2], [str(i) for i in range(100)], 'random', stats=STATS['cifar100'])
     student, teacher = (make_model(m, 100).to(memory_format=torch.channels_last) for m in (student, teacher))
     cbs = [] if method == 'alone' else [DistillCallback(teacher, method, verbose=False)]
-    learn = Learner(array_dls(data, batch), student, lr=1e-3, loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=[Clock(NOW[a.clock]), *cbs])
+    learn = Learner(array_dls(data, batch), student, lr=1e-3, loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=[Pages(NOW[a.clock], WARM), *cbs])
     if precision == 'bf16': learn.add_cb(CpuAutocast()); learn.to_bf16()
     return learn
 
@@ -63,7 +58,7 @@ def measure(pair, method, precision, a):
     for _ in range(a.rounds):
         for side,seen in found.items():
             with keep_memory() if side == 'kept' else nullcontext(), learn.no_bar(), learn.no_logging(): learn.fit(1)
-            seen.append((learn.clock.ms, learn.clock.filled))
+            seen.append((1000*learn.pages.seconds/a.steps, learn.pages.filled/a.steps))
     ms, pages = ({side: statistics.median(s[i] for s in seen) for side,seen in found.items()} for i in (0, 1))
     ratios = [u[0]/k[0] for u,k in zip(found['usual'], found['kept'])]
     return dict(teacher=pair[0], student=pair[1], side=pair[2], batch=pair[3], method=method, precision=precision,

@@ -27,15 +27,15 @@ DENSE = 'cirkd', 'maskd' # They compare class maps
 NOW = dict(wall=time.perf_counter, cpu=time.process_time)
 
 class Clock(Callback):
-    "Times the training part of an epoch; the first step only warms up"
+    "Times the training part of an epoch; the first steps only warm up"
     order = 90
-    def __init__(self, now): self.now = now
+    def __init__(self, now, warm=1): self.now, self.warm = now, warm
     def before_train(self): self.n = 0
     def after_batch(self):
         if not self.training: return
         self.n += 1
-        if self.n == 1: self.start = self.now()
-        self.seconds = self.now() - self.start
+        if self.n == self.warm: self.start = self.now()
+        if self.n >= self.warm: self.seconds = self.now() - self.start
 
 
 class Kept(Callback):
