@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (place.get(Path(item.path).stem, 50), page(item)))
 
 
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory):
+    "Name and file of a network that has seen the digits once; a test file that needs another has a fixture of this name"
+    from diffkd_nb.recipes import get_recipe
+    from diffkd_nb.run import run
+    out = tmp_path_factory.mktemp('teacher')
+    run(get_recipe('tiny').replace(epochs=1), 'digits', None, 'small:8', 'alone', 0, out, progress=False)
+    return f"small:8@{out/'student.safetensors'}"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "A file stays in one process, for what its tests share; notebooks share nothing"

@@ -5,19 +5,11 @@ from diffkd_nb import equal_time
 from diffkd_nb.comparison import compare
 from diffkd_nb.files import InputError
 from diffkd_nb.recipes import get_recipe
-from diffkd_nb.run import run
 from diffkd_nb.setup import Job, Setup, Sources
 from diffkd_nb.verify import ALIKE_CHECK, verify
 
 RECIPE = get_recipe('tiny').replace(epochs=1)       # 1,000 digits in batches of 32: 31 steps
 RATIO = {'alone': 1.25, 'kd': 1., 'fitnet': .4}
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    out = tmp_path_factory.mktemp('teacher')
-    run(RECIPE, 'digits', None, 'small:8', 'alone', 0, out, progress=False)
-    return f"small:8@{out/'student.safetensors'}"
 
 
 def go(teacher, out, **more):

@@ -8,20 +8,12 @@ from diffkd_nb.grid import EXECUTORS
 from diffkd_nb.looks import Looks, is_decided
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.record import manifest_hash
-from diffkd_nb.run import run
 from diffkd_nb.statistics import contrasts
 from diffkd_nb.study import SETTINGS, Question, Setting, study
 from diffkd_nb.verify import ALIKE_CHECK, verify
 
 RECIPE = get_recipe('tiny').replace(epochs=1)
 GAIN = {'alone': 0., 'kd': 2., 'dist': .05}
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    out = tmp_path_factory.mktemp('teacher')
-    run(RECIPE, 'digits', None, 'small:8', 'alone', 0, out, progress=False)
-    return f"small:8@{out/'student.safetensors'}"
 
 
 @pytest.fixture
