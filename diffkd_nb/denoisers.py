@@ -173,10 +173,10 @@ def predict(self:TransformerDenoiser, x:Tensor, emb:Tensor) -> Tensor: # The sha
 
 # %% ../nbs/03b_denoisers.ipynb #a4cafb91
 class OwnDenoiser(nn.Module):
-    "A network of the form `net(x, t)` with what the sampler calls"
-    def __init__(self, net:nn.Module): super().__init__(); self.net = net
+    "A network of the form `net(x, t)` with what the sampler calls; padding of sentences is 0 before and behind it"
+    def __init__(self, net:nn.Module): super().__init__(); self.net, self.words = net, AtWords()
     def embed(self, t): return t.view(-1, 1)
-    def predict(self, x, emb): return self.net(x, emb[:, 0].long().expand(len(x)))
+    def predict(self, x, emb): return self.words(self.net(self.words(x), emb[:, 0].long().expand(len(x))))
     def forward(self, x, t): return self.predict(x, self.embed(torch.as_tensor(t, device=x.device)))
 
 DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser, 'mlp': MLPDenoiser,
@@ -185,10 +185,14 @@ DENOISERS = {'diffusion': Denoiser, 'unet': UNetDenoiser, 'mlp': MLPDenoiser,
 def make_denoiser(
     denoiser:str|nn.Module|Callable, # A key of `DENOISERS`, a module, or a function of the width
     channels:int, # Latent width L
-    form:str='feature', # `'feature'` for maps, `'logits'` for vectors
+    form:str='feature', # `'feature'` for maps, `'logits'` for vectors, `'words'` for sentences
     least:int=1 # Smallest inner width of the light denoiser
 ) -> nn.Module: # Has `embed`, `predict` and `forward`
     "A denoiser; `ValueError` or `TypeError` for what is none"
+    if form == 'words' and (denoiser == 'unet' or isinstance(denoiser, UNetDenoiser)):
+        raise ValueError("denoiser='unet' normalises over all positions, padding included, and cannot compare word by "
+                         "word: use 'diffusion', 'mlp' or 'transformer', or compare means, "
+                         "taps=[dict(student=..., teacher=..., layout='pooled')]. [help: method-options]")
     if denoiser == 'diffusion': return Denoiser(channels, form, least)
     if isinstance(denoiser, str):
         if denoiser in DENOISERS: return DENOISERS[denoiser](channels)

@@ -133,14 +133,30 @@ def token_layout(n, aspect, prefix, grids):
 # %% ../nbs/00_layouts.ipynb #fd9d0f85
 def word_mask(
     inputs:Sequence, # Inputs of a model
-    model:nn.Module|None=None # The model, which may tell by a method `word_mask`
+    model:nn.Module|None=None # The model, which may have a method `word_mask`, or know the number of the padding word
 ) -> Tensor|None: # (B, N) bool, true where a word is; None where nobody says so
-    "Where the words of a model's inputs are: what the model says, or their `attention_mask`"
+    "Where the words of a model's inputs are: what the model says, their `attention_mask`, or all but the padding word"
     own = getattr(unwrap(model), 'word_mask', None) if model is not None else None
     if own is not None: return own(*inputs).bool()
     found = (x.get('attention_mask') for x in inputs if isinstance(x, Mapping))
-    return next((m.bool() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
+    given = next((m.bool() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
+    return _not_padding(inputs, unwrap(model)) if given is None and model is not None else given
 
+def _not_padding(inputs, model):
+    "By the number of the padding word, where the model knows one and reads nothing but words"
+    rows = [x.as_subclass(Tensor) for x in inputs if isinstance(x, Tensor)]
+    if len(inputs) != 1 or len(rows) != 1 or rows[0].dim() != 2 or rows[0].is_floating_point(): return None
+    for m in model.modules():
+        if {'bptt', 'pad_idx', 'max_len'} <= vars(m).keys(): return _as_fastai_reads(rows[0], m) != m.pad_idx
+    known = {m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)} - {None}
+    return rows[0] != known.pop() if len(known) == 1 else None
+
+def _as_fastai_reads(rows, encoder):
+    "The columns whose states fastai's `SentenceEncoder` gives: its last `max_len` words, in whole parts of `bptt`"
+    n, longest = rows.shape[1], encoder.max_len
+    return rows if longest is None else rows[:, next((i for i in range(0, n, encoder.bptt) if n - i <= longest), n):]
+
+# %% ../nbs/00_layouts.ipynb #a009abeb
 def masked_mean(
     x:Tensor, # (B, N, C)
     mask:Tensor # (B, N), true where a word is

@@ -205,6 +205,11 @@ def last_feature(
     records:Sequence[Record] # From `dry_run`
 ) -> str: # Dotted name, with `#2` for a module's second call
     "Name of the module that gives the last map before pooling; `ValueError` where there is none"
+    i = _last_map(records)
+    return _whole_sentences(records, i) or _numbered(records)[i]
+
+def _last_map(records):
+    "Index of the last map before pooling"
     scores = _class_maps(records)
     maps = {i: _extent(r) for i,r in enumerate(records) if _is_map(r) and i not in scores}
     maps = {i: n for i,n in maps.items() if records[i].output.dim() == 4 or n > 1}
@@ -214,7 +219,15 @@ def last_feature(
                          f"or distil the logits alone with taps=['logits'].{script} [help: no-feature-map]")
     large = [i for i,n in maps.items() if n > 1]
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
-    return _numbered(records)[max(i for i in maps if not pools or i < pools[-1])]
+    return max(i for i in maps if not pools or i < pools[-1])
+
+def _whole_sentences(records, i):
+    "Field of an encoder that gives states of words and their padding, as fastai's does after reading in parts; or None"
+    for r in records[i+1:]:
+        if not r.name or not records[i].name.startswith(f'{r.name}.'): continue
+        states, mask = r.output if isinstance(r.output, (tuple, list)) and len(r.output) == 2 else (None, None)
+        if not isinstance(states, Tensor) or not isinstance(mask, Tensor) or mask.dtype != torch.bool: continue
+        if states.dim() == 3 and states.shape[:2] == mask.shape: return f'{r.name}[0]'
 
 # %% ../nbs/00d_records.ipynb #335f872e
 def last_words(
@@ -223,10 +236,14 @@ def last_words(
 ) -> str: # Dotted name
     "Name of the module that gives the last states of words (B, N, C); `ValueError` where there is none"
     if mask is None:
-        raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), or a model "
-                         "with a method word_mask. Name two modules, or use 'feature'. [help: shape]")
+        raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), an "
+                         "nn.Embedding with padding_idx, or a model with a method word_mask. Name two modules, "
+                         "or use 'feature'. [help: shape]")
     fits = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3 and r.output.shape[:2] == mask.shape]
-    if fits: return _numbered(records)[fits[-1]]
+    if fits: return _whole_sentences(records, fits[-1]) or _numbered(records)[fits[-1]]
+    parts = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3]
+    whole = _whole_sentences(records, parts[-1]) if parts else None
+    if whole: return whole
     raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'. "
                      "[help: shape]")
 
@@ -287,8 +304,8 @@ def stage_features(
     aspect:float|None=1. # Height over width of the input image; None where the input is no picture
 ) -> list[str]: # Dotted names, shallow to deep
     "Names of the modules that end the stages of a network; `ValueError` where there is no map"
-    last, names = last_feature(records), _numbered(records)
-    end = names.index(last)
+    end, names = _last_map(records), _numbered(records)
+    last = names[end]
     batch = len(records[end].output)
     sizes, smallest = {}, math.inf
     for i,r in enumerate(records[:end+1]):

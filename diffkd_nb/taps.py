@@ -311,8 +311,8 @@ def _check_sentences(asked, fits, same, by_word):
     "`ValueError` for a layout of sentences that cannot be"
     if any(a in SENTENCES and not f for a,f in zip(asked, fits)):
         raise ValueError("layout 'words' or 'pooled' needs a sequence (B, N, C) whose words are known: inputs with an "
-                         "attention_mask of (B, N), or a model with a method word_mask. Use layout='sequence'. "
-                         "[help: shape]")
+                         "attention_mask of (B, N), an nn.Embedding with padding_idx, or a model with a method word_mask. "
+                         "Use layout='sequence'. [help: shape]")
     if 'words' not in asked or same and by_word: return
     why = 'teacher and student read other words' if not same else 'this method does not leave padding out'
     raise ValueError(f"layout 'words' compares word by word, and {why}: use layout='pooled'. [help: shape]")

@@ -188,6 +188,28 @@ def test_padding_changes_no_loss(method, how, left):
     assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
 
 
+def of_fastai(width, longest=None):
+    "fastai's classifier of texts, which reads four words at a time"
+    from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
+    config = dict(awd_lstm_clas_config, emb_sz=width, n_hid=width, n_layers=1)
+    return get_text_classifier(AWD_LSTM, 30, 3, seq_len=4, config=config, lin_ftrs=[5], max_len=longest).eval()
+
+
+@pytest.mark.parametrize('method,longest,how', [('diffkd', None, 'words'), ('fitnet', None, 'pooled'), ('diffkd', 8, 'pooled')])
+def test_fastai_reads_a_text_in_parts(method, longest, how):
+    "The states of all parts are compared, without padding; a longer batch has more parts. A teacher may see the last words only"
+    set_seed(0)
+    student, teacher = of_fastai(8), of_fastai(12, longest)
+    x = torch.randint(2, 30, (6, 11)).masked_fill(torch.arange(11) >= torch.tensor([[11], [11], [10], [9], [9], [8]]), 1)
+    kd = Distillation(student, teacher, method, (x if longest else x[:, :7],), seed=3)
+    assert [t.student.layout.kind for t in kd.plan if t.kind == 'feature'] == [how] and '0[0]' in str(kd)
+    losses = []
+    for batch in (x, F.pad(x, (0, 1), value=1)):
+        kd.generator = None             # the same draws
+        with kd: student(batch); losses.append(kd((batch,)).losses)
+    assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
+
+
 def test_other_words_are_compared_by_their_mean():
     "A teacher with another tokenizer"
     set_seed(0)
