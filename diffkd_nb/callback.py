@@ -25,6 +25,7 @@ from fastai.basics import (CancelBatchException, CancelEpochException, CancelFit
                            CancelValidException)
 from fastai.basics import Callback, Learner, Lookahead, OptimWrapper, ValueMetric, norm_bias_params
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.data.load import DataLoader
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
@@ -262,10 +263,15 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.given_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(), self.classes,
+                           self.teacher_transform, self.cache, self._context, self._key(), self._meaning(), self.classes,
                            self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
+
+@patch
+def _key(self:DistillCallback):
+    "The field of the outputs; the first where `RNNCallback` takes that"
+    return 0 if self.output_key is None and self.learn._grab_cbs(RNNCallback) else self.output_key
 
 @patch
 def _meaning(self:DistillCallback):
@@ -306,9 +312,16 @@ def make_plan(self:DistillCallback,
     self.tail = OptimizerTail(kd.parameters(), [] if self.learn.wd_bn_bias else norm_bias_params(kd.distiller))
     if self.compile:
         for m in kd.distiller.pieces(): m.compile(fullgraph=True)
+    self._forget_text()
     if self.verbose: print(kd)
     if self.waiting is not None: self.load_state_dict(self.waiting)
     if self.fitting: self._check_method(kd.distiller); self._add_columns()
+
+@patch
+def _forget_text(self:DistillCallback):
+    "What models keep from one batch to the next is reset after a dry run and in each epoch, where fastai does so"
+    if not self.learn._grab_cbs(ModelResetter): return
+    for m in (self.learn.model, self.teacher): getattr(unwrap(m), 'reset', lambda: None)()
 
 def _check_axis(loss, plan):
     "`ValueError` where a loss of fastai looks for the classes of a map on another axis than theirs"
@@ -472,7 +485,7 @@ def before_train(self:DistillCallback):
     open_on_cpu(self.learn)
     if 'index' in self.method.needs: self.index = self.numbers.enter_context(numbered(self.learn.dls.train))
     if self.inputs is not None and not self._distillation().is_current(): self.make_plan(self.inputs)
-    if self._distillation().is_current(): self._join()
+    if self._distillation().is_current(): self._forget_text(); self._join()
 
 @patch
 def _join(self:DistillCallback):

@@ -155,7 +155,7 @@ def _map(self:Capture, tap):
                        "planned: the model or its input has changed. Plan again (prepare(x), or a new fit). [help: in-training]")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
-    mask = word_mask(self.began[0][0], self.model) if p.layout.kind in SENTENCES else None
+    mask = word_mask(self.began[0][0], self.model) if p.layout.kind in (*SENTENCES, 'each_word') else None
     if mask is not None and mask.shape != x.shape[:2]: raise wrong
     m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None, mask)
     if p.outputs is not None and m.shape[1] > max(p.outputs): m = m[:, list(p.outputs)]

@@ -19,10 +19,10 @@ from fastcore.basics import patch
 from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .padding import PaddedNorm
-from .layouts import moved, tensors_of, unwrap
+from .layouts import moved, tensors_of, unwrap, word_mask
 from .records import eval_mode
 from .detectors import is_detector
-from .taps import check_pair, plan_table, plan_taps
+from .taps import EACH, check_pair, plan_table, plan_taps
 from .capture import Capture
 from .distiller import Context, as_distiller
 from .logits_since import Ensemble
@@ -560,6 +560,22 @@ def _compile(self:Distillation, xb):
     kind = 'folded' if folded else 'plain' if why else 'compiled'
     self.engine_note = f'{kind}, since {why}' if why else 'folded and compiled' if folded else kind
 
+# %% ../nbs/08_distillation.ipynb #534dd54b
+@patch
+def _labelled(self:Distillation, student, teacher, xb, target):
+    "Where each word is a sample: the words that have a label, and their labels"
+    kinds = {t.name: t.student.layout.kind for t in self.plan}
+    of_words = isinstance(target, Tensor) and target.dim() == 2 and set(kinds.values()) & set(EACH)
+    if not of_words: return student, teacher, target
+    if not set(kinds.values()) <= set(EACH):
+        raise ValueError(f"{type(unwrap(self.distiller)).__name__} uses the class of each word, and also compares whole "
+                         "sentences: use taps=['logits'], or a method without labels such as 'kd' or 'dist'. [help: other-input]")
+    mask = word_mask(xb, self.student) if 'each_word' in kinds.values() else None
+    labels = target.flatten() if mask is None else target[mask]
+    keep = labels >= 0          # what a loss leaves out, -100 in PyTorch
+    rows = lambda maps: {n: m[keep] for n,m in maps.items()}
+    return rows(student), rows(teacher), labels[keep]
+
 # %% ../nbs/08_distillation.ipynb #d8f91e6d
 @patch
 def __call__(self:Distillation,
@@ -577,6 +593,7 @@ def __call__(self:Distillation,
             raise ValueError(f"tap {n!r}: the student gave {len(m)} samples and the teacher {len(teacher[n])}: "
                              "both must see the same batch. [help: plain-loop]")
     if 'boxes' in self.method.needs: target = boxes_of(self.student, xb)
+    if self.distiller.hard_labels: student, teacher, target = self._labelled(student, teacher, xb, target)
     losses = self.distiller(student, teacher, target, draws=self.draws, index=index)
     step = Step(student, teacher, outputs, losses, sum(losses.values()))
     for f in self.observers: f(step, task)

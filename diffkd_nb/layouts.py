@@ -63,7 +63,8 @@ def picture_aspect(
     return next((t.shape[2]/t.shape[3] for t in tensors_of(inputs) if t.dim() == 4), None)
 
 # %% ../nbs/00_layouts.ipynb #dfeba562
-LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'words', 'pooled', 'series', 'vector') # Kinds of layouts
+LAYOUTS = ('map', 'channels_last', 'tokens', 'sequence', 'words', 'pooled', 'each_word', 'each_position', 'series',
+           'vector') # Kinds of layouts
 
 class Layout(NamedTuple):
     "How the output of a tapped module is laid out"
@@ -180,8 +181,8 @@ def to_map(
     x:Tensor, # Output of a tapped module
     layout:Layout, # Its layout, from `find_layout`
     grid:tuple|None=None, # (h, w) of tokens; from the layout's aspect if not given
-    mask:Tensor|None=None # (B, N), true where a sequence has a word, for `'words'` and `'pooled'`
-) -> Tensor: # (B, C, H, W)
+    mask:Tensor|None=None # (B, N), true where a sequence has a word, for `'words'`, `'pooled'` and `'each_word'`
+) -> Tensor: # (B, C, H, W); of `'each_word'` and `'each_position'` (n, C, 1, 1)
     "Bring the output of a tapped module into the form (B, C, H, W)"
     if layout.kind == 'vector': return x.flatten(1)[..., None, None]
     if layout.kind == 'map': return x
@@ -189,6 +190,8 @@ def to_map(
     if layout.kind == 'sequence': return x.transpose(1, 2)[..., None]
     if layout.kind == 'words': return marked_words(x, mask)
     if layout.kind == 'pooled': return masked_mean(x, mask)[..., None, None]
+    if layout.kind == 'each_word': return x[mask][..., None, None]
+    if layout.kind == 'each_position': return x.flatten(0, 1)[..., None, None]
     if layout.kind == 'series': return x[..., None]
     x = x[:, layout.prefix:]
     grid = grid or grid_of(x.shape[1], layout.aspect)

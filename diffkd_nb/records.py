@@ -146,6 +146,7 @@ def _class_maps(records):
     "Indices of maps of scores: their mean over the positions is the model's output, or they are the output, perhaps resized"
     final, found = main_tensor(records[-1].output), set()
     if final is not None and final.dim() == 4: return _final_maps(records, final)
+    if final is not None and final.dim() == 3: return _scores_of_words(records, final)
     if final is None or final.dim() != 2: return found
     for i,r in enumerate(records):
         if not _is_map(r) or r.output.dim() != 4 or r.output.shape[:2] != final.shape: continue
@@ -153,6 +154,13 @@ def _class_maps(records):
             same = lambda k: isinstance(records[k].output, Tensor) and records[k].output.shape == r.output.shape
             while i >= 0 and same(i): found.add(i); i -= 1
     return found
+
+# %% ../nbs/00d_records.ipynb #edf3d042
+def _scores_of_words(records, final):
+    "Indices of the last modules that give (B, N, K) as the output is; none where the states before have that width too"
+    maps = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3]
+    n = next((k for k,i in enumerate(maps[::-1]) if records[i].output.shape != final.shape), None)
+    return set(maps[len(maps)-n:]) if n is not None else set()
 
 def _final_maps(records, final):
     "Indices of the last maps, as long as they have the channels of the output; none where all have them"

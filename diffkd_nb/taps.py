@@ -19,7 +19,7 @@ from .records import (class_map, dry_run, field_of, fields_of, find_key, is_scri
 from .detectors import BOX_PREDICTOR, check_pictures, gives_boxes, OF_DETECTORS
 
 # %% auto #0
-__all__ = ['KINDS', 'SENTENCES', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
+__all__ = ['KINDS', 'SENTENCES', 'EACH', 'Place', 'Tap', 'check_pair', 'in_training', 'named_tap', 'check_taps', 'plan_taps',
            'gives_maps', 'plan_table']
 
 # %% ../nbs/00f_taps.ipynb #70c5a6b7
@@ -276,11 +276,12 @@ def plan_taps(
     words = lambda: [last_words(r, word_mask(x, m)) for m,x,r in ((student, xb, s_rec), (teacher, teacher_xb, t_rec))]
     for name,kind,s,t,layouts in _requests(taps, s_rec, t_rec, stages, words, output_key):
         if kind is None: kind = 'logits' if _is_output(s_rec, s) and _is_output(t_rec, t) else 'feature'
-        as_read = ['sequence' if l in SENTENCES else l for l in layouts]
+        as_read = ['sequence' if l in (*SENTENCES, *EACH) else l for l in layouts]
         place = _place(student, s_rec, s, 'student', s_asp, kind, as_read[0], output_key)
         if train is not None: place = in_training(place, student, train, output_key)
         other = _place(teacher, t_rec, t, 'teacher', t_asp, kind, as_read[1], output_key)
-        place, other = _of_sentences((place, other), layouts, ((student, xb), (teacher, teacher_xb)), by_word)
+        of_words = _of_scores if kind == 'logits' and not set(layouts) & set(SENTENCES) else _of_sentences
+        place, other = of_words((place, other), layouts, ((student, xb), (teacher, teacher_xb)), by_word)
         if kind == 'logits' and classes is not None: place, other = _matched(place, other, list(classes))
         tap = Tap(name, kind, place, other, output if kind == 'logits' else None)
         _check_tap(tap, plan)
@@ -289,10 +290,11 @@ def plan_taps(
 
 # %% ../nbs/00f_taps.ipynb #d587d75c
 SENTENCES = 'words', 'pooled' # How a sequence can be compared where its words are known
+EACH = 'each_word', 'each_position' # How scores of words are compared: each is a sample
 
 def _of_sentences(places, asked, read, by_word):
     "Sequences of words: side by side where both models read the same and the method allows it, else by their mean"
-    masks = [word_mask(inputs, model) for model,inputs in read]
+    masks = _masks(read)
     told = [getattr(type(unwrap(model)), 'word_mask', None) for model,_ in read]
     fits = [m is not None and p.layout.kind == 'sequence' and p.shape[1] == m.shape[1] for p,m in zip(places, masks)]
     same = all(fits) and told[0] is told[1] and _same_words(masks, [inputs for _,inputs in read])
@@ -302,6 +304,21 @@ def _of_sentences(places, asked, read, by_word):
     make = lambda p: p._replace(layout=p.layout._replace(kind=kind), shape=(p.shape[0], 1, 1))
     return [make(p) if f and may else p for p,f,may in zip(places, fits, free)]
 
+def _masks(read): return [word_mask(inputs, model) for model,inputs in read]
+
+# %% ../nbs/00f_taps.ipynb #e4ff848b
+def _of_scores(places, asked, read, by_word):
+    "Class scores of words: each word is a sample, padding is none"
+    if any(p.layout.kind != 'sequence' for p in places) or any(a not in (None, *EACH) for a in asked): return places
+    masks, (n, m) = _masks(read), [p.shape[1] for p in places]
+    told = all(k is not None and k.shape[1] == p.shape[1] for k,p in zip(masks, places))
+    if n != m or told and not torch.equal(*(k.cpu() for k in masks)):
+        raise ValueError(f"the student scores {n} words of a sentence and the teacher {m}, or their padding lies "
+                         "elsewhere: scores are compared word by word, so both must read the same words. Distil features "
+                         "alone with taps=['feature']. [help: other-input]")
+    kind = 'each_word' if told and 'each_position' not in asked else 'each_position'
+    return [p._replace(layout=p.layout._replace(kind=kind), shape=(p.shape[0], 1, 1)) for p in places]
+
 def _same_words(masks, inputs):
     "Whether both models read the same words at the same places"
     whole = [masks[i:i+1] + [t for t in tensors_of(list(x)) if not t.is_floating_point()] for i,x in enumerate(inputs)]
@@ -309,6 +326,9 @@ def _same_words(masks, inputs):
 
 def _check_sentences(asked, fits, same, by_word):
     "`ValueError` for a layout of sentences that cannot be"
+    if set(asked) & set(EACH):
+        raise ValueError("layout 'each_word' and 'each_position' are for class scores: use 'words' or 'pooled' for "
+                         "features. [help: shape]")
     if any(a in SENTENCES and not f for a,f in zip(asked, fits)):
         raise ValueError("layout 'words' or 'pooled' needs a sequence (B, N, C) whose words are known: inputs with an "
                          "attention_mask of (B, N), an nn.Embedding with padding_idx, or a model with a method word_mask. "

@@ -2,7 +2,7 @@
 import json, random
 import pandas as pd, pytest, torch
 import workers
-from fastai.basics import DataLoaders, Learner, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -208,6 +208,61 @@ def test_fastai_reads_a_text_in_parts(method, longest, how):
         kd.generator = None             # the same draws
         with kd: student(batch); losses.append(kd((batch,)).losses)
     assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
+
+
+class Tagger(nn.Module):
+    "Class scores of each word; the embedding knows the padding"
+    def __init__(self, width, known=True):
+        super().__init__()
+        self.words, self.read, self.fc = nn.Embedding(30, width, 0 if known else None), nn.GRU(width, width, batch_first=True), nn.Linear(width, 4)
+    def forward(self, x): return self.fc(self.read(self.words(x))[0])
+
+
+def tagged(n=6):
+    "Sentences, and a class for each word; -100 for the first word and for padding"
+    x = torch.randint(1, 30, (n, 7)).masked_fill(torch.arange(7) >= torch.tensor([7, 6, 5, 3, 2, 7][:n])[:, None], 0)
+    return x, (x % 4).masked_fill((x == 0) | (torch.arange(7) == 0), -100)
+
+
+@pytest.mark.parametrize('known', [True, False])
+@pytest.mark.parametrize('method', ['kd', 'dist', 'dkd', 'wttm', 'diffkd:taps=logits'])
+def test_each_scored_word_is_a_sample(method, known):
+    "Losses are those of a classifier of single words; padding takes no part, nor for methods with labels a word without one"
+    set_seed(0)
+    student, teacher, (x, y) = Tagger(8, known).eval(), Tagger(12, known).eval(), tagged()
+    kd = Distillation(student, teacher, method, (x,), output='classes', seed=3)
+    assert [t.student.layout.kind for t in kd.plan] == ['each_word' if known else 'each_position'] and 'each_' in str(kd)
+    with kd: student(x); losses = kd((x,), y).losses
+    rows = (y >= 0 if method == 'dkd' else x > 0 if known else x == x)
+    maps = [{'logits': m(x)[rows].detach()[..., None, None]} for m in (student, teacher)]
+    kd.generator = None
+    with kd: want = kd.distiller(*maps, y[rows], draws=kd.draws)
+    assert losses.keys() == want.keys() and all(torch.allclose(losses[k], want[k], rtol=1e-5) for k in want), (losses, want)
+
+
+def test_scores_of_other_words_are_refused():
+    student, teacher, (x, _) = Tagger(8), Tagger(12), tagged()
+    with pytest.raises(ValueError, match='scores 7 words of a sentence and the teacher 5'):
+        Distillation(student, teacher, 'kd', (x,), teacher_transform=lambda x: x[:, :5], output='classes')
+    with pytest.raises(ValueError, match='are for class scores'):
+        Distillation(student, teacher, 'fitnet', (x,), [dict(student='words', teacher='words', layout='each_word')])
+    with pytest.raises(ValueError, match='also compares whole sentences'), Distillation(student, teacher, 'dkd+fitnet', (x,), output='classes') as kd:
+        student(x); kd((x,), tagged()[1])
+
+
+def test_language_models():
+    "fastai's, whose output is a tuple and whose memory goes from batch to batch"
+    from fastai.text.all import AWD_LSTM, LMLearner, ModelResetter, awd_lstm_lm_config, get_language_model
+    from fastai.callback.rnn import RNNCallback
+    net = lambda w: get_language_model(AWD_LSTM, 40, dict(awd_lstm_lm_config, emb_sz=w, n_hid=w, n_layers=1))
+    set_seed(0)
+    rows = torch.randint(2, 40, (32, 9)); pairs = [(r[:-1], r[1:]) for r in rows]
+    dls = DataLoaders.from_dsets(pairs, pairs[:8], bs=8, device='cpu', num_workers=0)
+    cb, student = DiffKDCallback(net(24), verbose=False), net(8)
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback(), cb])
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    assert [(t.student.layout.kind, t.student.shape[0]) for t in cb.plan] == [('words', 8), ('each_word', 40)] and cb.plan[1].student.key == 0
+    log = learn.recorder.values; assert log[-1][0] < log[0][0] and all(v == v for row in log for v in row)
 
 
 def test_other_words_are_compared_by_their_mean():
