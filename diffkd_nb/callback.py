@@ -263,8 +263,8 @@ def _distillation(self:DistillCallback) -> Distillation:
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.given_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, self._key(), self._meaning(), self.classes,
-                           self.teacher_engine)
+                           self.teacher_transform, self.cache, self._context, self._key(), self._meaning(),
+                           self.classes, self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
 

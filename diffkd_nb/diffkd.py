@@ -28,7 +28,7 @@ from .losses import SCORES, Scores, get_distance
 from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
 
 # %% auto #0
-__all__ = ['common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'Levels', 'DiffKDDistiller']
+__all__ = ['MOST_SCORES', 'common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'Levels', 'DiffKDDistiller']
 
 # %% ../nbs/05_diffkd.ipynb #cca7c862
 def common_size(
@@ -91,6 +91,7 @@ class DiffKD(nn.Module):
         super().__init__()
         _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing, dense_form=dense_form)
         _check_pairs(kind, distance, start, adapter)
+        _check_width(kind, teacher_channels)
         self.kind, self.align = kind, align
         self.steps, self.start = steps, start
         self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
@@ -129,6 +130,15 @@ def _usual(kind, output):
     "Distance where nobody says"
     classes = not callable(output) and SCORES[output or 'classes'] == 'classes'
     return 'mse' if kind in ('feature', 'words') else 'dist' if kind == 'dense' and classes else 'kl'
+
+MOST_SCORES = 4096 # Class scores at most: projections and denoiser have some 22 times the square, 23 million for 1,000
+
+def _check_width(kind, n):
+    "`ValueError` for more class scores than a denoiser can be made for, as those of a vocabulary"
+    if kind in ('feature', 'words') or n <= MOST_SCORES: return
+    raise ValueError(f"DiffKD on {n:,} class scores would train some {22*n*n//10**6:,} million parameters of its own, "
+                     f"and {MOST_SCORES:,} scores are allowed: compare scores with KD and denoise features, "
+                     "DistillCallback(teacher, 'kd+diffkd:taps=feature'). [help: method-options]")
 
 def _least_widths(n):
     "Smallest inner widths of denoiser and adapter"

@@ -569,7 +569,8 @@ def _labelled(self:Distillation, student, teacher, xb, target):
     if not of_words: return student, teacher, target
     if not set(kinds.values()) <= set(EACH):
         raise ValueError(f"{type(unwrap(self.distiller)).__name__} uses the class of each word, and also compares whole "
-                         "sentences: use taps=['logits'], or a method without labels such as 'kd' or 'dist'. [help: other-input]")
+                         "sentences: use taps=['logits'], or a method without labels such as 'kd' or 'dist'. "
+                         "[help: other-input]")
     mask = word_mask(xb, self.student) if 'each_word' in kinds.values() else None
     labels = target.flatten() if mask is None else target[mask]
     keep = labels >= 0          # what a loss leaves out, -100 in PyTorch

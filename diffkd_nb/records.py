@@ -109,6 +109,7 @@ def find_key(
                          "[help: shape]")
     fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
     if shape is None and not fits: fits = [k for k in ('logits', 'out') if k in fields and fields[k].dim() == 4]
+    if shape is None and [*fields] == ['logits']: fits = ['logits']     # of words, say
     if 'logits' in fits or len(fits) == 1: return 'logits' if 'logits' in fits else fits[0]
     raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
                      "name the one to compare with output_key=, or tap a module inside or after it. [help: shape]")

@@ -314,8 +314,8 @@ def _of_scores(places, asked, read, by_word):
     told = all(k is not None and k.shape[1] == p.shape[1] for k,p in zip(masks, places))
     if n != m or told and not torch.equal(*(k.cpu() for k in masks)):
         raise ValueError(f"the student scores {n} words of a sentence and the teacher {m}, or their padding lies "
-                         "elsewhere: scores are compared word by word, so both must read the same words. Distil features "
-                         "alone with taps=['feature']. [help: other-input]")
+                         "elsewhere: scores are compared word by word, so both must read the same words. Distil "
+                         "features alone with taps=['feature']. [help: other-input]")
     kind = 'each_word' if told and 'each_position' not in asked else 'each_position'
     return [p._replace(layout=p.layout._replace(kind=kind), shape=(p.shape[0], 1, 1)) for p in places]
 

@@ -250,6 +250,22 @@ def test_scores_of_other_words_are_refused():
         student(x); kd((x,), tagged()[1])
 
 
+def test_a_causal_model_of_hugging_face():
+    "One line: hidden states and scores, word by word"
+    from transformers import GPT2Config, GPT2LMHeadModel
+    class Causal(Classifier):
+        def __init__(self, width):
+            nn.Module.__init__(self)
+            self.net = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=width, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1))
+    set_seed(0)
+    student, teacher, x = Causal(16).eval(), Causal(32).eval(), default_collate([x for x,_ in padded(8)])
+    both = Distillation(student, teacher, 'diffkd', (x,), output='classes')
+    assert [(t.student.layout.kind, t.student.shape[0]) for t in both.plan] == [('words', 16), ('each_word', 30)]
+    with Distillation(student, teacher, 'kd', (x,), output='classes') as kd: student(x); loss = kd((x,)).losses['kd']
+    s, t = (m(x).logits[x['attention_mask'].bool()]/4 for m in (student, teacher))
+    assert torch.allclose(loss, 16*F.kl_div(s.log_softmax(1), t.softmax(1), reduction='batchmean'), rtol=1e-4)
+
+
 def test_language_models():
     "fastai's, whose output is a tuple and whose memory goes from batch to batch"
     from fastai.text.all import AWD_LSTM, LMLearner, ModelResetter, awd_lstm_lm_config, get_language_model
