@@ -327,17 +327,18 @@ Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done({
   math: document.querySelectorAll('math').length}))"""
 
 
-@pytest.mark.parametrize('width', [1280, 390])
-def test_every_page_in_a_browser(browser, site, pages, width):
-    look(browser, width)
+def test_every_page_in_a_browser(browser, site, pages):
+    "On a screen and on a phone"
     for name, page in pages.items():
         visit(browser, site / name)
-        state = browser.execute_async_script(STATE)
+        for width in (1280, 390):
+            look(browser, width)
+            state = browser.execute_async_script(STATE)
+            assert state['width'] <= width, (name, state)
+            assert not state['missing'] and not state['wide'] and not state['small'] and not state['flat'], (name, state)
+            assert name not in GUIDES or not state['first'], (name, state)
+            assert state['math'] == page.formulas, name
         assert not [line for line in browser.get_log('browser') if line['level'] in ('SEVERE', 'WARNING')], name
-        assert state['width'] <= width, (name, state)
-        assert not state['missing'] and not state['wide'] and not state['small'] and not state['flat'], (name, state)
-        assert name not in GUIDES or not state['first'], (name, state)
-        assert state['math'] == page.formulas, name
 
 
 @pytest.mark.parametrize('width', [1280, 390])
