@@ -31,6 +31,7 @@ from .outputs import output_kind
 from .rng import same_rng
 from .statistics import contrasts, difference_text, verdict_word
 from .layouts import tensors_of, unwrap
+from .records import copy_of
 
 # %% auto #0
 __all__ = ['Known', 'known_of', 'student_model', 'student_learner', 'DistillationReport', 'step_times', 'latency', 'distill']
@@ -271,7 +272,7 @@ def step_times(
     kd, (xb, yb) = distillation(learn), _batch(learn, train=True)
     times, began = ([], []), time.perf_counter()
     with same_rng(*learn.dls.loaders):
-        try: models = [deepcopy(unwrap(learn.model)) for _ in range(2)]
+        try: models = [copy_of(unwrap(learn.model)) for _ in range(2)]
         except RuntimeError: return None
         for m in models: m.requires_grad_(True)
         with _again(kd, models[1], xb) as new:
@@ -443,9 +444,9 @@ class _Asked(NamedTuple):
     pretrained:bool
     cbs:list
 
-def _copy_of(module):
+def _fresh(module):
     "A copy for one of several trainings"
-    try: return deepcopy(module)
+    try: return copy_of(module)
     except RuntimeError as e:
         raise InputError(f"the student cannot be copied for several trainings ({str(e)[:60]}...): pass a function of the "
                          "number of outputs that makes it. [help: models]") from None
@@ -453,7 +454,7 @@ def _copy_of(module):
 def _one(learn, asked, method, options, seed=None, quiet=False):
     "One student, trained"
     if seed is not None: _seed_all(learn.dls, seed)
-    student = _copy_of(asked.student) if quiet and isinstance(asked.student, nn.Module) else asked.student
+    student = _fresh(asked.student) if quiet and isinstance(asked.student, nn.Module) else asked.student
     model, splitter = student_model(student, asked.known, asked.pretrained)
     own = [] if method == 'alone' else [DistillCallback(learn, method, seed=seed, **options)]
     new = student_learner(learn, model.to(_device(learn.model)), splitter, [*own, *deepcopy(asked.cbs)])

@@ -8,7 +8,6 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/distillation.html.md"""
 from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from inspect import signature
 from typing import NamedTuple
 import torch
@@ -20,7 +19,7 @@ from .files import InputError
 from .rng import Draws, same_rng, seeded
 from .padding import PaddedNorm
 from .layouts import moved, tensors_of, unwrap, word_mask
-from .records import eval_mode
+from .records import copy_of, eval_mode
 from .detectors import is_detector
 from .taps import EACH, check_pair, plan_table, plan_taps
 from .capture import Capture
@@ -311,7 +310,7 @@ def _made(self:Distillation, plan):
 def _find_taps(self:Distillation, xb, taps, dense_taps=None, box_taps=None):
     "The plan, after a look at what the two models give and at whether they write into their inputs"
     self.writes_inputs = False
-    teacher = deepcopy(self.student) if self.teacherless else self.teacher
+    teacher = copy_of(self.student) if self.teacherless else self.teacher
     seen = xb if self.teacherless else self.teacher_input(xb)
     plan = plan_taps(self.student, teacher, *xb, taps=taps, teacher_xb=seen, output_key=self.output_key,
                      output=self.output, classes=self.classes, dense_taps=dense_taps, box_taps=box_taps,

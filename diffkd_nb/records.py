@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
@@ -16,9 +17,9 @@ from torch.nn import functional as F
 from .layouts import channel_axis, find_layout, tensors_of, to_map, unwrap
 
 # %% auto #0
-__all__ = ['eval_mode', 'train_mode', 'Record', 'write_count', 'dry_run', 'is_script', 'field_of', 'fields_of', 'find_key',
-           'main_tensor', 'plain_values', 'class_map', 'last_feature', 'last_words', 'first_tensor', 'layout_in',
-           'stage_features']
+__all__ = ['eval_mode', 'train_mode', 'copy_of', 'Record', 'write_count', 'dry_run', 'is_script', 'field_of', 'fields_of',
+           'find_key', 'main_tensor', 'plain_values', 'class_map', 'last_feature', 'last_words', 'first_tensor',
+           'layout_in', 'stage_features']
 
 # %% ../nbs/00d_records.ipynb #c05933bf
 @contextmanager
@@ -40,6 +41,18 @@ def train_mode(model:nn.Module): # Model to put into training mode
         for m,t in was.items(): m.training = t
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
+
+# %% ../nbs/00d_records.ipynb #c1fa4e68
+def copy_of(
+    model:nn.Module # Any model
+) -> nn.Module: # A copy that shares nothing with it
+    "`deepcopy`, after `model.reset()` where that is needed and there is one; PyTorch's `RuntimeError` for what has no copy"
+    try: return deepcopy(model)
+    except RuntimeError:
+        reset = getattr(unwrap(model), 'reset', None)
+        if not callable(reset): raise
+    with torch.no_grad(): reset()
+    return deepcopy(model)
 
 # %% ../nbs/00d_records.ipynb #6e47f992
 class Record(NamedTuple):
@@ -314,7 +327,7 @@ def stage_features(
 ) -> list[str]: # Dotted names, shallow to deep
     "Names of the modules that end the stages of a network; `ValueError` where there is no map"
     end, names = _last_map(records), _numbered(records)
-    last = names[end]
+    last = _whole_sentences(records, end) or names[end]
     batch = len(records[end].output)
     sizes, smallest = {}, math.inf
     for i,r in enumerate(records[:end+1]):

@@ -2,12 +2,13 @@
 import json, random
 import pandas as pd, pytest, torch
 import workers
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
+from fastai.callback.rnn import rnn_cbs
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from resuming import cut_and_resumed
-from diffkd_nb.callback import DiffKDCallback
+from diffkd_nb.callback import DiffKDCallback, DistillCallback
 from diffkd_nb.comparison import compare
 from diffkd_nb.distillation import Distillation
 from diffkd_nb.files import InputError
@@ -208,6 +209,18 @@ def test_fastai_reads_a_text_in_parts(method, longest, how):
         kd.generator = None             # the same draws
         with kd: student(batch); losses.append(kd((batch,)).losses)
     assert losses[0].keys() == losses[1].keys() and all(torch.allclose(losses[0][k], losses[1][k], rtol=1e-4) for k in losses[0])
+
+
+@pytest.mark.parametrize('cb', [lambda t: DiffKDCallback(t, taps=['stages', 'logits'], verbose=False), lambda t: DistillCallback(None, 'pskd', verbose=False)], ids=['stages', 'pskd'])
+def test_fastai_texts_of_any_length(cb):
+    "The first batch is short, a later one has more parts; the student is copied, which PyTorch refuses as it is"
+    set_seed(0)
+    rows = [(torch.randint(2, 30, (k,)), i % 3) for i,k in enumerate([3]*8 + [11]*16)]
+    pad = lambda b: (torch.stack([F.pad(x, (0, max(len(x) for x,_ in b) - len(x)), value=1) for x,_ in b]), torch.tensor([y for _,y in b]))
+    loader = lambda rows: DataLoader(rows, bs=8, create_batch=pad, num_workers=0)
+    cb = cb(of_fastai(12)); learn = Learner(DataLoaders(loader(rows), loader(rows[:8])), of_fastai(8), loss_func=CrossEntropyLossFlat(), cbs=[*rnn_cbs(), cb])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+    assert all(v == v for row in learn.recorder.values for v in row)
 
 
 class Tagger(nn.Module):
