@@ -259,7 +259,7 @@ def after_create(self:DistillCallback):
 def _distillation(self:DistillCallback) -> Distillation:
     "The distillation of the Learner's present model, perhaps not planned yet"
     student = unwrap(self.learn.model)
-    if self.kd is not None and self.kd.student is student: return self.kd
+    if self.kd is not None and self.kd.student is student and self.kd.output_key == self._key(): return self.kd
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.given_taps, self.seed,

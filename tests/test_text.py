@@ -2,8 +2,8 @@
 import json, random
 import pandas as pd, pytest, torch
 import workers
-from fastai.callback.rnn import rnn_cbs
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
+from fastai.callback.rnn import rnn_cbs
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -281,14 +281,13 @@ def test_a_causal_model_of_hugging_face():
 
 def test_language_models():
     "fastai's, whose output is a tuple and whose memory goes from batch to batch"
-    from fastai.text.all import AWD_LSTM, LMLearner, ModelResetter, awd_lstm_lm_config, get_language_model
-    from fastai.callback.rnn import RNNCallback
+    from fastai.text.all import AWD_LSTM, awd_lstm_lm_config, get_language_model
     net = lambda w: get_language_model(AWD_LSTM, 40, dict(awd_lstm_lm_config, emb_sz=w, n_hid=w, n_layers=1))
     set_seed(0)
     rows = torch.randint(2, 40, (32, 9)); pairs = [(r[:-1], r[1:]) for r in rows]
     dls = DataLoaders.from_dsets(pairs, pairs[:8], bs=8, device='cpu', num_workers=0)
     cb, student = DiffKDCallback(net(24), verbose=False), net(8)
-    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback(), cb])
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=cb).add_cbs(rnn_cbs())       # in fastai's order
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
     assert [(t.student.layout.kind, t.student.shape[0]) for t in cb.plan] == [('words', 8), ('each_word', 40)] and cb.plan[1].student.key == 0
     log = learn.recorder.values; assert log[-1][0] < log[0][0] and all(v == v for row in log for v in row)
