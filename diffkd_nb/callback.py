@@ -281,7 +281,8 @@ def _meaning(self:DistillCallback):
     if boxes: raise ValueError(f"{output_refusal(METHODS[boxes[0]])} [help: detectors]")
     if not self._reads_outputs(): return self.output or _or_none(self.learn.loss_func)
     kind = output_kind(self.learn.loss_func, self.output)
-    for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)): raise ValueError(f"{why} [help: scores]")
+    for why in filter(None, (output_refusal(METHODS[n], kind) for n in names)):
+        raise ValueError(f"{why} [help: scores]")
     return kind
 
 # %% ../nbs/09_callback.ipynb #f84feca6
@@ -327,8 +328,8 @@ def _check_axis(loss, plan):
     "`ValueError` where a loss of fastai looks for the classes of a map on another axis than theirs"
     maps = any(t.form == 'dense' and t.output == 'classes' and t.student.layout.kind == 'map' for t in plan)
     if not maps or getattr(loss, 'axis', 1) == 1: return
-    raise ValueError(f"the student gives scores for each pixel, with the classes on axis 1, and the loss reads axis {loss.axis}: "
-                     "pass axis=1, as in CrossEntropyLossFlat(axis=1). [help: scores]")
+    raise ValueError("the student gives scores for each pixel, with the classes on axis 1, and the loss reads axis "
+                     f"{loss.axis}: pass axis=1, as in CrossEntropyLossFlat(axis=1). [help: scores]")
 
 # %% ../nbs/09_callback.ipynb #0f370829
 @patch
@@ -413,8 +414,8 @@ def _check_others(self:DistillCallback):
                          "[help: callback]")
     self.trainer = next((c for c in self.learn.cbs if type(c).__name__ == 'DistributedTrainer'), None)
     if isinstance(self.learn.model, nn.DataParallel) and len(getattr(self.learn.model, 'device_ids', ())) > 1:
-        raise ValueError("nn.DataParallel trains on copies of the student, whose features cannot be seen: train on one device, "
-                         "or with DistributedDataParallel (learn.distrib_ctx). [help: data-parallel]")
+        raise ValueError("nn.DataParallel trains on copies of the student, whose features cannot be seen: train on one "
+                         "device, or with DistributedDataParallel (learn.distrib_ctx). [help: data-parallel]")
     self._check_method(self.distiller or declared(self.method))
 
 @patch
@@ -511,7 +512,8 @@ def _pretrain(self:DistillCallback):
         losses = self.kd.pretrain(_InputsOf(dl, n))
     if self.cache is not None: self.cache.open(self.learn.dls.train, self.kd)
     first, last = mean(losses[:20]), mean(losses[-20:])
-    if self.verbose: print(f'learnt the teacher in {len(losses)} steps: loss {first:.3f} at first, {last:.3f} in the end')
+    if self.verbose:
+        print(f'learnt the teacher in {len(losses)} steps: loss {first:.3f} at first, {last:.3f} in the end')
 
 class _InputsOf:
     "The inputs of a loader's batches"
@@ -556,8 +558,8 @@ def after_pred(self:DistillCallback):
     "Stand in for the labels of a batch that has none"
     if not (self.attached and self.training) or len(self.yb): return
     if self.task_weight:
-        raise ValueError("the training batch has no labels, so there is no loss of the task to add to: use task_weight=0 to "
-                         "distil without labels. [help: no-labels]")
+        raise ValueError("the training batch has no labels, so there is no loss of the task to add to: use "
+                         "task_weight=0 to distil without labels. [help: no-labels]")
     n = len(tensors_of(list(self.xb))[0])
     self.lent_loss = self.learn.loss_func
     self.learn.loss_func = lambda pred, *y: 0*tensors_of([pred])[0].float().sum()
@@ -587,8 +589,8 @@ def _places(self:DistillCallback):
     if 'index' not in self.method.needs: return None
     index, x = None if self.index is None else self.index(), tensors_of(list(self.xb))[0]
     if index is not None and len(index) == len(x): return index.to(x.device)
-    raise ValueError("this method must know which samples are in a batch, and the batch at hand did not tell: add the callback "
-                     "before the epoch begins, and do not change the batch's samples. [help: which-samples]")
+    raise ValueError("this method must know which samples are in a batch, and the batch at hand did not tell: add the "
+                     "callback before the epoch begins, and do not change the batch's samples. [help: which-samples]")
 
 # %% ../nbs/09_callback.ipynb #2386d6e7
 @patch

@@ -50,7 +50,8 @@ def _hook(self:Capture, name, module, copied):
     out, strangers = self.out, self.strangers
     def keep(m, inp, o):
         if m is not module: strangers.append(name); return
-        if copied or isinstance(o, Tensor) and o.is_inference(): o = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, o)
+        if copied or isinstance(o, Tensor) and o.is_inference():
+            o = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, o)
         out.append(Call(name, o, None if torch.compiler.is_compiling() else write_count(o), torch.is_grad_enabled()))
     return keep
 
@@ -114,17 +115,17 @@ def _own(self:Capture, tap):
     calls = [c for c in self.out if c.name == p.name]
     if not calls: raise RuntimeError(self._why_missing(tap))
     if len(calls) != p.calls:
-        raise RuntimeError(f"module {p.name!r} of the {self.role} ran {len(calls)} times in this forward pass and {p.calls} "
-                           "times when the taps were planned: tap a module that always runs as often. "
+        raise RuntimeError(f"module {p.name!r} of the {self.role} ran {len(calls)} times in this forward pass and "
+                           f"{p.calls} times when the taps were planned: tap a module that always runs as often. "
                            "[help: in-training]")
     c = calls[(p.call or 1) - 1]
     if self.role != 'teacher' and self.began and self.began[0][1] and not c.grad:
-        raise RuntimeError(f"tap {tap!r} of the {self.role} lies in a part that runs without gradient (torch.no_grad, or a "
-                           "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it. "
-                           "[help: in-training]")
+        raise RuntimeError(f"tap {tap!r} of the {self.role} lies in a part that runs without gradient (torch.no_grad, "
+                           "or a reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module "
+                           "outside of it. [help: in-training]")
     if isinstance(c.output, Tensor) and c.version is not None and write_count(c.output) != c.version:
-        raise RuntimeError(f"what module {p.name!r} of the {self.role} gave was changed in place after it had been kept: "
-                           "plan in the mode in which this happens, or tap another module. [help: in-training]")
+        raise RuntimeError(f"what module {p.name!r} of the {self.role} gave was changed in place after it had been "
+                           "kept: plan in the mode in which this happens, or tap another module. [help: in-training]")
     return field_of(c.output, p.key), c
 
 @patch

@@ -274,7 +274,8 @@ def _seeds(a):
     "How many seeds, or when to look"
     if a.looks is None and a.margin is None: return a.seeds
     if a.looks is None:
-        raise InputError("--margin goes with --looks: name the numbers of seeds to look at, such as 3 5 8. [help: comparison]")
+        raise InputError("--margin goes with --looks: name the numbers of seeds to look at, such as 3 5 8. "
+                         "[help: comparison]")
     if a.seeds not in (3, a.looks[-1]):
         raise InputError("--looks says how many seeds there are: leave --seeds out. [help: comparison]")
     return Looks(a.looks, a.margin)
@@ -289,7 +290,8 @@ def _check_compare(p, a):
     "End with a message where options are missing or do not go together"
     if not a.show:
         lacks = [f'--{k}' for k in ('data', 'pair', 'out') if not getattr(a, k) and not (k == 'pair' and a.table)]
-        if lacks: p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER) [help: argument]")
+        if lacks:
+            p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER) [help: argument]")
     if a.table and (a.pair or a.recipe or a.reference):
         p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out [help: argument]')
 

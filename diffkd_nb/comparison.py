@@ -137,8 +137,8 @@ def _check_call(data, executor, minutes):
                                           "One run in several processes is what run() and the command train do. "
                                           "[help: processes]")
     if minutes is not None and executor == 'ray':
-        raise InputError("minutes works with executor='process', 'here' or 'streams': a cluster's workers are not stopped "
-                         "half-way. [help: comparison]")
+        raise InputError("minutes works with executor='process', 'here' or 'streams': a cluster's workers are not "
+                         "stopped half-way. [help: comparison]")
     if executor not in EXECUTORS: raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}. "
                                                    "[help: comparison]")
     if isinstance(data, str): return

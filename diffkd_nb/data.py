@@ -165,8 +165,8 @@ def _options(spec, query):
         name, _, text = item.partition('=')
         opts[name] = _value(name, text)
         if opts[name] is None:
-            raise InputError(f"{spec}: expected limit=N, size=N or holdout=N with a positive whole number, share=X up to 1, "
-                             f"or corrupt=skip after the question mark, got {item!r}. [help: data-options]")
+            raise InputError(f"{spec}: expected limit=N, size=N or holdout=N with a positive whole number, share=X up "
+                             f"to 1, or corrupt=skip after the question mark, got {item!r}. [help: data-options]")
     return opts
 
 # %% ../nbs/11c_data.ipynb #843925a7

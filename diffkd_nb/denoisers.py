@@ -196,8 +196,8 @@ def make_denoiser(
     if denoiser == 'diffusion': return Denoiser(channels, form, least)
     if isinstance(denoiser, str):
         if denoiser in DENOISERS: return DENOISERS[denoiser](channels)
-        raise ValueError(f"denoiser must be one of 'identity', {', '.join(map(repr, DENOISERS))}, a module or a function of the width, "
-                         f"got {denoiser!r}. [help: method-options]")
+        raise ValueError(f"denoiser must be one of 'identity', {', '.join(map(repr, DENOISERS))}, a module or a "
+                         f"function of the width, got {denoiser!r}. [help: method-options]")
     net = deepcopy(denoiser) if isinstance(denoiser, nn.Module) else denoiser(channels) if callable(denoiser) else None
     if not isinstance(net, nn.Module):
         raise TypeError("denoiser must be a name, a module or a function of the width that gives one, got "

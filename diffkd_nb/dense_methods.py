@@ -34,8 +34,8 @@ def check_positions(
     several = [math.prod(common_size(t.student.shape[1:], t.teacher.shape[1:])) > 1 for t in plan]
     for t,good in zip(plan, several):
         if good or t.name.startswith('fpn.') and any(several): continue     # the last level of a pyramid counts 0
-        raise ValueError(f"{method} compares positions of maps, and tap {t.name!r} has a single one in common: tap a map before "
-                         "the pooling, or use 'kd' or 'fitnet'. [help: taps]")
+        raise ValueError(f"{method} compares positions of maps, and tap {t.name!r} has a single one in common: tap a "
+                         "map before the pooling, or use 'kd' or 'fitnet'. [help: taps]")
 
 def connectors(
     plan:Sequence[Tap] # From `plan_taps`
@@ -81,8 +81,8 @@ def pixel_classes(
     if isinstance(y, Tensor) and y.dim() == 4 and y.shape[1] == 1: y = y[:, 0]
     if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() not in (1, 3) or len(y) != len(like):
         got = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{method} needs one class index per sample, an integer tensor of shape ({len(like)},), or per pixel, "
-                         f"({len(like)}, H, W), got {got}. [help: mixed-targets]")
+        raise ValueError(f"{method} needs one class index per sample, an integer tensor of shape ({len(like)},), or "
+                         f"per pixel, ({len(like)}, H, W), got {got}. [help: mixed-targets]")
     y = y.long() if y.dim() == 3 else y.long()[:, None, None].expand(-1, *like.shape[2:])
     return y.where((y >= 0) & (y < classes), -1)
 
@@ -119,8 +119,8 @@ class Memory(nn.Module):
         width:int # Their length
     ):
         super().__init__()
-        if not isinstance(size, int) or size < 16: raise ValueError(f"a memory must hold at least 16 vectors a class, got {size!r}. "
-                                                                    "[help: method-options]")
+        if not isinstance(size, int) or size < 16:
+            raise ValueError(f"a memory must hold at least 16 vectors a class, got {size!r}. [help: method-options]")
         self.register_buffer('vectors', F.normalize(torch.randn(classes, size, width), dim=2))
         self.register_buffer('place', torch.zeros(classes, dtype=torch.long))
 
@@ -281,8 +281,8 @@ class MasKD(Distiller):
         weight:float=1. # Factor on both losses
     ):
         super().__init__(plan, weight)
-        if not isinstance(tokens, int) or tokens < 2: raise ValueError(f"tokens must be an integer >= 2, got {tokens!r}. "
-                                                                       "[help: method-options]")
+        if not isinstance(tokens, int) or tokens < 2:
+            raise ValueError(f"tokens must be an integer >= 2, got {tokens!r}. [help: method-options]")
         logits, feature = (next((t for t in plan if t.kind == k), None) for k in ('logits', 'feature'))
         self.at = plan.index(feature or logits)
         check_positions('MasKD', [plan[self.at]])
@@ -306,7 +306,8 @@ def task(self:MasKD,
     y # Labels
 ) -> Tensor: # Scalar
     "The teacher's own loss on a masked map"
-    if self.head is None: return PixelCrossEntropy(ignore_index=-1)(masked, pixel_classes('MasKD', y, masked, self.classes))
+    if self.head is None:
+        return PixelCrossEntropy(ignore_index=-1)(masked, pixel_classes('MasKD', y, masked, self.classes))
     return F.cross_entropy(self.head.logits(masked), check_labels('MasKD', y, len(masked)))
 
 @patch

@@ -56,7 +56,8 @@ def losses(self:Watch,
     m, (x, targets), maps = self.model, self.out['transform'], self.out['backbone']
     with torch.no_grad(), same_rng(), seeded(0):
         if hasattr(m, 'roi_heads'): return self._two_stage(m, x, targets, maps)
-        if type(m).__name__ == 'RetinaNet': return m.compute_loss(targets, self.out['head'], self.out['anchor_generator'])
+        if type(m).__name__ == 'RetinaNet':
+            return m.compute_loss(targets, self.out['head'], self.out['anchor_generator'])
         if type(m).__name__ == 'FCOS':
             n = [v.shape[2]*v.shape[3] for v in maps.values()]
             return m.compute_loss(targets, self.out['head'], self.out['anchor_generator'], n)

@@ -67,8 +67,8 @@ def check_boxes(
         (h, w), x = p.size, p.boxes.copy()
         far = (x[:, 2:] > np.array([w, h]) + 1).any(1) | (x[:, :2] < -1).any(1) if len(x) else np.zeros(0, bool)
         if far.any() and outside == 'stop':
-            raise InputError(f"{_said_box(p, int(far.argmax()))} leaves the picture of {w} x {h}: mend the file, or pass outside=clip. "
-                             "[help: boxes]")
+            raise InputError(f"{_said_box(p, int(far.argmax()))} leaves the picture of {w} x {h}: mend the file, or "
+                             "pass outside=clip. [help: boxes]")
         x[:, 0::2], x[:, 1::2] = x[:, 0::2].clip(0, w), x[:, 1::2].clip(0, h)
         flat = ~np.isfinite(x).all(1) | (x[:, 2:] - x[:, :2] <= 0).any(1)
         if flat.any() and empty == 'stop':
@@ -97,13 +97,13 @@ def _coco_api(f):
 def _coco_row(f, a, label, names):
     "One annotation as a row"
     if a.get('category_id') not in label:
-        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'), 'no picture')} has the category "
-                         f"{a.get('category_id')}, and the file lists {', '.join(map(str, sorted(label)))}. "
+        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'), 'no picture')} has the "
+                         f"category {a.get('category_id')}, and the file lists {', '.join(map(str, sorted(label)))}. "
                          "[help: boxes]")
     try: l, t, w, h = map(float, a['bbox'])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'))} has no bbox of four numbers. "
-                         "[help: boxes]") from None
+        raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'))} has no bbox of four "
+                         "numbers. [help: boxes]") from None
     return l, t, l + w, t + h, label[a['category_id']], int(a.get('iscrowd', 0))
 
 # %% ../nbs/16_detection_data.ipynb #64c5d7b9
@@ -121,8 +121,8 @@ def read_coco(
     rows = {i: [] for i in names}
     for a in api.dataset.get('annotations', ()):
         if a.get('image_id') not in rows:
-            raise InputError(f"{f}: annotation {a.get('id')} is of picture {a.get('image_id')}, which the file does not list. "
-                             "[help: boxes]")
+            raise InputError(f"{f}: annotation {a.get('id')} is of picture {a.get('image_id')}, which the file does "
+                             "not list. [help: boxes]")
         rows[a['image_id']].append(_coco_row(f, a, label, names))
     found = [picture(images/i['file_name'], (i['height'], i['width']), rows[i['id']], i['id']) for i in api.dataset['images']]
     return found, [named.get(k) for k in range(1, max(named) + 1)]
@@ -133,8 +133,8 @@ def _voc_xml(f):
     from xml.etree.ElementTree import ParseError, parse
     from torchvision.datasets import VOCDetection
     try: return VOCDetection.parse_voc_xml(parse(f).getroot())['annotation']
-    except (OSError, ParseError, KeyError) as e: raise InputError(f"{f} cannot be read as an annotation of Pascal VOC: {e}. "
-                                                                  "[help: boxes]") from None
+    except (OSError, ParseError, KeyError) as e:
+        raise InputError(f"{f} cannot be read as an annotation of Pascal VOC: {e}. [help: boxes]") from None
 
 def _voc_objects(f, a):
     "(left, top, right, bottom), name and difficulty of each object"
@@ -180,8 +180,8 @@ class BoxTransform:
         augmentation:Sequence=() # `'flip'`, `'vflip'`, `'crop'`, `'zoom'`, `'color'`
     ):
         if wrong := [a for a in augmentation if a not in _AUGMENT]:
-            raise InputError(f"augmentation {wrong[0]!r} is not one for pictures with boxes: expected {', '.join(map(repr, _AUGMENT))}. "
-                             "[help: recipe]")
+            raise InputError(f"augmentation {wrong[0]!r} is not one for pictures with boxes: expected "
+                             f"{', '.join(map(repr, _AUGMENT))}. [help: recipe]")
         self.steps = [_AUGMENT[a]() for a in augmentation]
 
     def __call__(self,
@@ -232,8 +232,8 @@ def read(self:BoxDataset, i) -> Tensor: # (3, H, W), uint8
     except UNREADABLE as e: raise UnreadableImage(f"picture {p.file} cannot be read: {e}. Remove or repair it. "
                                                   "[help: unreadable-file]") from None
     if p.size and tuple(x.shape[1:]) != p.size:
-        raise UnreadableImage(f"picture {p.file} is {x.shape[2]} x {x.shape[1]}, and its boxes were drawn on {p.size[1]} x {p.size[0]}. "
-                              "[help: boxes]")
+        raise UnreadableImage(f"picture {p.file} is {x.shape[2]} x {x.shape[1]}, and its boxes were drawn on "
+                              f"{p.size[1]} x {p.size[0]}. [help: boxes]")
     if self.kept is not None: self.kept[i] = x
     return x
 
@@ -383,8 +383,8 @@ def _check(self:DetectionData):
                 n = len(self.classes)
                 raise InputError(f"{p.file.name} has the label {p.labels.max()}, and the {n} classes have 1 to {n}. "
                                  "[help: boxes]")
-    if not any((p.crowd == 0).any() for p in self.pictures[0]): raise InputError(f"{self.name} has no boxes to learn from. "
-                                                                                 "[help: too-little-data]")
+    if not any((p.crowd == 0).any() for p in self.pictures[0]):
+        raise InputError(f"{self.name} has no boxes to learn from. [help: too-little-data]")
 
 # %% ../nbs/16_detection_data.ipynb #f6e1c76c
 _KEEP = 2**29 # Bytes of pictures that are kept in memory at most
@@ -436,8 +436,8 @@ def _open_coco(folder, train, valid, numbers):
     splits, found = (train or 'train', valid or 'val'), []
     for s in splits:
         if (at := _coco_split(folder, s)) is None:
-            raise InputError(f"{folder} has no instances_{s}*.json (in annotations/ or beside it): expected COCO's layout, "
-                             "or name the split (train=..., valid=...). [help: data-folder]")
+            raise InputError(f"{folder} has no instances_{s}*.json (in annotations/ or beside it): expected COCO's "
+                             "layout, or name the split (train=..., valid=...). [help: data-folder]")
         found.append((at[0], *read_coco(*at, numbers == 'keep')))
     (_, a, classes), (f, b, other) = found
     said = lambda names: ', '.join(map(str, names))
@@ -449,8 +449,8 @@ def _open_coco(folder, train, valid, numbers):
 def _voc_names(folder, split):
     f = next((folder/d/f'{split}.txt' for d in ('ImageSets/Main', 'ImageSets', '.') if (folder/d/f'{split}.txt').is_file()), None)
     if f is None:
-        raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split (train=, valid=). "
-                         "[help: data-folder]")
+        raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split "
+                         "(train=, valid=). [help: data-folder]")
     return [l.split()[0] for l in f.read_text().splitlines() if l.split()]
 
 def _open_voc(folder, train, valid, numbers):
@@ -462,8 +462,8 @@ def _open_voc(folder, train, valid, numbers):
     for s in (train or 'train', valid or 'val'):
         names = _voc_names(root, s)
         xml = [root/'Annotations'/f'{n}.xml' for n in names]
-        if lacks := [f for f in xml if not f.is_file()]: raise InputError(f"{lacks[0]} is missing: the split {s!r} names it. "
-                                                                          "[help: data-folder]")
+        if lacks := [f for f in xml if not f.is_file()]:
+            raise InputError(f"{lacks[0]} is missing: the split {s!r} names it. [help: data-folder]")
         splits.append((xml, [by_name.get(n, pictures/f'{n}.jpg') for n in names]))
     f = root/'classes.txt'
     seen = lambda: sorted({n for xml,_ in splits for x in xml for _,n,_ in _voc_objects(x, _voc_xml(x))})
@@ -481,13 +481,14 @@ def open_detection(
     path, _, query = rest.partition('?')
     asked, folder = named_options(f'{spec}: {kind}', query, ('train', 'valid', 'limit', 'numbers', *_FIXES)), Path(path)
     for k,known in {**_FIXES, 'numbers': ('map', 'keep')}.items():
-        if asked.get(k, known[0]) not in known: raise InputError(f"{spec}: {k} must be {' or '.join(known)}, got {asked[k]!r}. "
-                                                                 "[help: data-options]")
+        if asked.get(k, known[0]) not in known:
+            raise InputError(f"{spec}: {k} must be {' or '.join(known)}, got {asked[k]!r}. [help: data-options]")
     limit = asked.get('limit', '0')
     if not limit.isdigit(): raise InputError(f"{spec}: limit must be a whole number, got {limit!r}. "
                                              "[help: data-options]")
-    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and boxes in it. "
-                                             "[help: data-folder]")
+    if not folder.is_dir():
+        raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and boxes in it. "
+                         "[help: data-folder]")
     splits, classes = _LAYOUTS[kind](folder, asked.get('train'), asked.get('valid'), asked.get('numbers'))
     splits = tuple(_fit(s, asked, what) for s,what in zip(splits, ('training', 'validation')))
     if int(limit):

@@ -187,13 +187,15 @@ class HeadKD(Distiller):
         weight:float=1. # Factor on all losses
     ):
         super().__init__(plan, weight)
-        if box_loss not in _BOX_LOSSES: raise ValueError(f"box_loss must be one of {', '.join(map(repr, _BOX_LOSSES))}, got {box_loss!r}. "
-                                                         "[help: method-options]")
+        if box_loss not in _BOX_LOSSES:
+            raise ValueError(f"box_loss must be one of {', '.join(map(repr, _BOX_LOSSES))}, got {box_loss!r}. "
+                             "[help: method-options]")
         if where not in ('all', 'teacher'): raise ValueError(f"where must be 'all' or 'teacher', got {where!r}. "
                                                              "[help: method-options]")
         lacks = [n for n in ('head.classes', 'head.boxes') if n not in self.names]
-        if lacks and plan: raise ValueError(f"HeadKD compares dense heads and the plan has {self.names}: pass taps=['heads']. "
-                                            "[help: detectors]")
+        if lacks and plan:
+            raise ValueError(f"HeadKD compares dense heads and the plan has {self.names}: pass taps=['heads']. "
+                             "[help: detectors]")
         self.classes, self.boxes, self.where = check_number('classes', classes), check_number('boxes', boxes), where
         self.temperature, self.box_loss = check_number('temperature', temperature, positive=True), _BOX_LOSSES[box_loss]
 
@@ -222,8 +224,9 @@ class RoIKD(Distiller):
         weight:float=1. # Factor on both losses
     ):
         super().__init__(plan, weight)
-        if box_loss not in _BOX_LOSSES: raise ValueError(f"box_loss must be one of {', '.join(map(repr, _BOX_LOSSES))}, got {box_loss!r}. "
-                                                         "[help: method-options]")
+        if box_loss not in _BOX_LOSSES:
+            raise ValueError(f"box_loss must be one of {', '.join(map(repr, _BOX_LOSSES))}, got {box_loss!r}. "
+                             "[help: method-options]")
         if plan and self.names != ['roi.classes', 'roi.boxes']:
             raise ValueError(f"RoIKD compares box heads and the plan has {self.names}: pass taps=['rois']. "
                              "[help: detectors]")
@@ -243,8 +246,8 @@ def richness(
     cells = [h*w for h,w in sizes]
     scores, each = anchor_scores(logits), logits.shape[2]//sum(cells)
     if each*sum(cells) != logits.shape[2]:
-        raise ValueError(f"the head has {logits.shape[2]} anchors and the levels {cells} positions: compare all levels of the "
-                         "head's pyramid. [help: detectors]")
+        raise ValueError(f"the head has {logits.shape[2]} anchors and the levels {cells} positions: compare all levels "
+                         "of the head's pyramid. [help: detectors]")
     levels = scores.split([n*each for n in cells], 1)
     return [x.view(len(x), h, w, each).amax(3) for x,(h,w) in zip(levels, sizes)]
 
@@ -262,8 +265,8 @@ class FRS(Distiller):
         super().__init__(plan, weight)
         self.levels = [i for i,n in enumerate(self.names) if n.startswith('fpn.')]
         if plan and ('head.classes' not in self.names or not self.levels):
-            raise ValueError(f"FRS compares a pyramid and its dense head, and the plan has {self.names}: pass taps=['fpn', 'heads']. "
-                             "[help: detectors]")
+            raise ValueError(f"FRS compares a pyramid and its dense head, and the plan has {self.names}: pass "
+                             "taps=['fpn', 'heads']. [help: detectors]")
         self.maps, self.classes = check_number('maps', maps), check_number('classes', classes)
         self.adapters.extend(a if i in self.levels else nn.Identity() for i,a in enumerate(same_width(plan)))
 
@@ -277,5 +280,6 @@ def losses(self:FRS, student, teacher, target=None):
         error = (to_float32(self.adapters[i](student[i])) - teacher[i]).square().sum(1)
         loss = loss + (error*r).sum()/r.sum().clamp(min=1e-6)
     w = anchor_scores(t)[:, None, :, None]
-    with no_autocast(s): says = (F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none')*w).sum()/w.sum().clamp(min=1e-6)
+    with no_autocast(s):
+        says = (F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none')*w).sum()/w.sum().clamp(min=1e-6)
     return {'frs': self.maps*loss, 'classes': self.classes*says}

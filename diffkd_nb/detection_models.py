@@ -71,7 +71,8 @@ def _detector(family, backbone, outputs, asked, norm_heads=False):
         if n % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {n}. "
                                     "[help: model-name]")
         return _tv.FCOS(backbone, outputs, anchor_generator=made, **size)
-    if family == 'fasterrcnn': return _tv.FasterRCNN(backbone, outputs, rpn_anchor_generator=made, **_pooled(backbone), **size)
+    if family == 'fasterrcnn':
+        return _tv.FasterRCNN(backbone, outputs, rpn_anchor_generator=made, **_pooled(backbone), **size)
     groups = partial(nn.GroupNorm, max(1, backbone.out_channels//4)) if norm_heads else None
     head = RetinaNetHead(backbone.out_channels, made.num_anchors_per_location()[0], outputs, norm_layer=groups)
     return _tv.RetinaNet(backbone, outputs, anchor_generator=made, head=head, **size)

@@ -39,8 +39,8 @@ def pyramid(
     maps = lambda o: {k: m for k,m in o.items() if isinstance(m, Tensor) and m.dim() == 4} if isinstance(o, Mapping) else {}
     found = [(r.name, m) for r in records if r.name and len(m := maps(r.output)) > 1]
     if found: return found[-1]
-    raise ValueError(f"taps=['fpn'] compares the levels of a pyramid, and no module of the {role} gives a dict of maps: name the "
-                     "modules, taps=[(student, teacher, 'feature'), ...]. [help: detectors]")
+    raise ValueError(f"taps=['fpn'] compares the levels of a pyramid, and no module of the {role} gives a dict of "
+                     "maps: name the modules, taps=[(student, teacher, 'feature'), ...]. [help: detectors]")
 
 def level_pairs(
     student:Sequence[Record], # From `dry_run` of the student
@@ -56,8 +56,8 @@ def level_pairs(
         yield f'fpn.{k}', 'feature', f'{s}[{k}]', f'{t}[{j}]', (layout, layout)
     if n: return
     sizes = lambda levels: ', '.join('x'.join(map(str, m.shape[2:])) for m in levels.values())
-    raise ValueError(f"the pyramids have no level of the same size: the student's are {sizes(mine)}, the teacher's {sizes(theirs)}. "
-                     "[help: detectors]")
+    raise ValueError(f"the pyramids have no level of the same size: the student's are {sizes(mine)}, the teacher's "
+                     f"{sizes(theirs)}. [help: detectors]")
 
 # %% ../nbs/00e_detectors.ipynb #286ca68a
 _HEADS = dict(cls_logits='classes', bbox_regression='boxes', bbox_ctrness='centres') # Fields of a dense head's output
@@ -77,8 +77,9 @@ def head_pairs(
     layout = Layout('sequence')
     for k in both:
         if mine[k].shape[1:] != theirs[k].shape[1:]:
-            raise ValueError(f"the heads give {k} of {tuple(mine[k].shape[1:])} (student) and {tuple(theirs[k].shape[1:])} (teacher), "
-                             "anchors x values: both need the same anchors and classes. [help: detectors]")
+            raise ValueError(f"the heads give {k} of {tuple(mine[k].shape[1:])} (student) and "
+                             f"{tuple(theirs[k].shape[1:])} (teacher), anchors x values: both need the same anchors "
+                             "and classes. [help: detectors]")
         yield f'head.{_HEADS[k]}', 'feature', f'head[{k}]', f'head[{k}]', (layout, layout)
 
 # %% ../nbs/00e_detectors.ipynb #051f0655
@@ -97,8 +98,8 @@ def roi_pairs(
     layout = Layout('vector')
     for i,name in enumerate(('classes', 'boxes')):
         if mine[i].shape[1] != theirs[i].shape[1]:
-            raise ValueError(f"the box heads give {mine[i].shape[1]} (student) and {theirs[i].shape[1]} (teacher) values of {name} for a "
-                             "proposal: both need the same classes. [help: detectors]")
+            raise ValueError(f"the box heads give {mine[i].shape[1]} (student) and {theirs[i].shape[1]} (teacher) "
+                             f"values of {name} for a proposal: both need the same classes. [help: detectors]")
         yield f'roi.{name}', 'feature', f'{BOX_PREDICTOR}[{i}]', f'{BOX_PREDICTOR}[{i}]', (layout, layout)
 
 OF_DETECTORS = dict(fpn=level_pairs, heads=head_pairs, rois=roi_pairs) # Words for taps of detectors
@@ -114,10 +115,10 @@ def check_pictures(
     view = lambda t: {k: getattr(t, k, None) for k in ('min_size', 'max_size', 'size_divisible', 'fixed_size')}
     a, b = ({k: tuple(v) if isinstance(v, list) else v for k,v in view(t).items()} for t in (a, b))
     if isinstance(a['min_size'], tuple) and len(a['min_size']) > 1:
-        raise ValueError(f"the student's transform draws min_size from {a['min_size']} in training, and the teacher takes one: give "
-                         "both one size, such as min_size=800. [help: detectors]")
+        raise ValueError(f"the student's transform draws min_size from {a['min_size']} in training, and the teacher "
+                         "takes one: give both one size, such as min_size=800. [help: detectors]")
     if other := [k for k in a if a[k] != b[k]]:
         said = ', '.join(f'{k} {a[k]} and {b[k]}' for k in other)
-        raise ValueError(f"student and teacher see pictures at different sizes (transform: {said}): build both with the same "
-                         "min_size and max_size, or set teacher.transform = copy.deepcopy(student.transform) where normalisations agree. "
-                         "[help: detectors]")
+        raise ValueError(f"student and teacher see pictures at different sizes (transform: {said}): build both with "
+                         "the same min_size and max_size, or set teacher.transform = copy.deepcopy(student.transform) "
+                         "where normalisations agree. [help: detectors]")

@@ -399,7 +399,8 @@ def _other_outputs(learn, kd, teacher, mine):
     "Why the metrics say nothing about a teacher, '' where they do"
     out = tensors_of([_answer(teacher, _batch(learn)[0])])[0]
     n = out.shape[1] if out.dim() > 1 else 1
-    if n != mine.width: return f"it gives {n:,} outputs and the student {mine.width:,}, so its classes are not the metric's"
+    if n != mine.width:
+        return f"it gives {n:,} outputs and the student {mine.width:,}, so its classes are not the metric's"
     order = None if kd is None else kd.classes
     return '' if order is None or list(order) == list(range(n)) else "its classes stand in another order, as classes= says"
 
@@ -448,8 +449,8 @@ def _fresh(module):
     "A copy for one of several trainings"
     try: return copy_of(module)
     except RuntimeError as e:
-        raise InputError(f"the student cannot be copied for several trainings ({str(e)[:60]}...): pass a function of the "
-                         "number of outputs that makes it. [help: models]") from None
+        raise InputError(f"the student cannot be copied for several trainings ({str(e)[:60]}...): pass a function of "
+                         "the number of outputs that makes it. [help: models]") from None
 
 def _one(learn, asked, method, options, seed=None, quiet=False):
     "One student, trained"
@@ -503,8 +504,8 @@ def _check_call(learn, student, epochs, method, compare_with, seeds):
     if isinstance(seeds, int) and seeds < 1 or not isinstance(seeds, int) and not len(seeds):
         raise InputError(f"seeds must be a number of at least 1 or a list of seeds, got {seeds!r}. [help: comparison]")
     if compare_with is None and (seeds if isinstance(seeds, int) else len(seeds)) > 1:
-        raise InputError("several seeds are for a comparison: name what to compare with, compare_with=['alone'], or leave "
-                         "seeds out. [help: comparison]")
+        raise InputError("several seeds are for a comparison: name what to compare with, compare_with=['alone'], or "
+                         "leave seeds out. [help: comparison]")
     if compare_with is None: return
     if isinstance(compare_with, str) or not len(compare_with):
         raise InputError(f"compare_with must be a list of methods such as ['alone', 'kd'], got {compare_with!r}. "

@@ -242,8 +242,8 @@ def transformed(
     n = _n_arguments(transform)
     if len(xb) == n != 1 or not any(map(wanted, leaves)):
         if n not in (None, len(xb)):
-            raise ValueError(f"teacher_transform takes {n} argument(s), and the model has {len(xb)} inputs without pictures or "
-                             "floats: give it one argument for each. [help: other-input]")
+            raise ValueError(f"teacher_transform takes {n} argument(s), and the model has {len(xb)} inputs without "
+                             "pictures or floats: give it one argument for each. [help: other-input]")
         return _inputs(transform(*tree_map(_copy, tuple(xb))))
     return tuple(tree_map(lambda x: transform(x.clone()) if wanted(x) else x, x) for x in xb)
 
@@ -301,8 +301,8 @@ def _made(self:Distillation, plan):
     "The distiller; `ValueError` for one that looks at the class of each sample where some classes are left out"
     distiller = self.method.make(plan, self._context())
     if distiller.hard_labels and any(t.student.outputs for t in plan):
-        raise ValueError(f"{type(unwrap(distiller)).__name__} uses the class of each sample, and classes= has None for some "
-                         "of the student's classes: use 'kd' or 'dist'. [help: other-classes]")
+        raise ValueError(f"{type(unwrap(distiller)).__name__} uses the class of each sample, and classes= has None for "
+                         "some of the student's classes: use 'kd' or 'dist'. [help: other-classes]")
     return distiller
 
 # %% ../nbs/08_distillation.ipynb #37307dda
@@ -318,8 +318,8 @@ def _find_taps(self:Distillation, xb, taps, dense_taps=None, box_taps=None):
     dense = dense_taps is not None and any(t.form == 'dense' for t in plan)
     self._check_ensemble(dense_taps if dense else taps)
     if _tried(self.student, 'student', xb, plan):
-        raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would see another "
-                         "one: make that operation out of place, or let the student work on x.clone(). "
+        raise ValueError("the student writes into its own input (an in-place operation on it), so the teacher would "
+                         "see another one: make that operation out of place, or let the student work on x.clone(). "
                          "[help: in-training]")
     if not self.teacherless: self.writes_inputs = _tried(self.teacher, 'teacher', seen, plan)
     return plan
@@ -342,8 +342,9 @@ def _check_ensemble(self:Distillation, taps):
     "`ValueError` for a feature of several teachers that is not named"
     vague = [t for t in ([taps] if isinstance(taps, str) else taps or ()) if t in ('feature', 'stages')]
     if vague and isinstance(self.teacher, Ensemble):
-        raise ValueError(f"several teachers have several features, and {vague[0]!r} does not say whose: name it, such as "
-                         "('layer4', 'teachers.0.layer4'), or use a method of class scores such as 'kd'. [help: taps]")
+        raise ValueError(f"several teachers have several features, and {vague[0]!r} does not say whose: name it, such "
+                         "as ('layer4', 'teachers.0.layer4'), or use a method of class scores such as 'kd'. "
+                         "[help: taps]")
 
 # %% ../nbs/08_distillation.ipynb #ba54710b
 @patch
@@ -478,7 +479,8 @@ def ask_detector(
 ):
     "Run a detector as far as it takes to reach some modules"
     model, parts = unwrap(model), {n.partition('.')[0] for n in names}
-    if not parts <= {'transform', 'backbone', 'head', *(('roi_heads',) if proposals else ())}: return model(list(images))
+    if not parts <= {'transform', 'backbone', 'head', *(('roi_heads',) if proposals else ())}:
+        return model(list(images))
     x = model.transform(list(images))[0]
     maps = model.backbone(x.tensors)
     if 'head' in parts: model.head(list(maps.values()))
@@ -491,8 +493,8 @@ def boxes_of(
     xb:Sequence # Its inputs: pictures and targets
 ) -> list: # For each picture (n, 4): left, top, right, bottom as shares of the padded batch, 0 to 1
     "Where the true boxes lie on the maps; `ValueError` for inputs without boxes"
-    if not is_detector(model) or len(xb) < 2: raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'. "
-                                                               "[help: detectors]")
+    if not is_detector(model) or len(xb) < 2:
+        raise ValueError("this method needs the boxes of a detector's targets: use 'fitnet'. [help: detectors]")
     transform, empty = unwrap(model).transform, [x.new_empty(x.shape, device='meta') for x in xb[0]]
     with eval_mode(transform): x, found = transform(empty, [{'boxes': t['boxes']} for t in xb[1]])
     h, w = x.tensors.shape[-2:]
@@ -567,8 +569,8 @@ def _labelled(self:Distillation, student, teacher, xb, target):
     of_words = isinstance(target, Tensor) and target.dim() == 2 and set(kinds.values()) & set(EACH)
     if not of_words: return student, teacher, target
     if not set(kinds.values()) <= set(EACH):
-        raise ValueError(f"{type(unwrap(self.distiller)).__name__} uses the class of each word, and also compares whole "
-                         "sentences: use taps=['logits'], or a method without labels such as 'kd' or 'dist'. "
+        raise ValueError(f"{type(unwrap(self.distiller)).__name__} uses the class of each word, and also compares "
+                         "whole sentences: use taps=['logits'], or a method without labels such as 'kd' or 'dist'. "
                          "[help: other-input]")
     mask = word_mask(xb, self.student) if 'each_word' in kinds.values() else None
     labels = target.flatten() if mask is None else target[mask]
@@ -728,8 +730,8 @@ def _load_distiller(self:Distillation, weights):
     "The method's weights; `ValueError` where they are of another plan"
     try: self.distiller.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"the saved state is of another method, other taps or other models than {self.method} has here: "
-                         f"{' '.join(str(e).split())[:200]} [help: other-settings]") from None
+        raise ValueError(f"the saved state is of another method, other taps or other models than {self.method} has "
+                         f"here: {' '.join(str(e).split())[:200]} [help: other-settings]") from None
 
 # %% ../nbs/08_distillation.ipynb #0e056b7b
 @patch

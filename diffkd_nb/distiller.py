@@ -121,8 +121,8 @@ def check_paced(
     taps = [t for t in plan if t.kind == 'logits']
     right = [t.output in (None, 'classes', 'probabilities') and tuple(t.student.shape[1:]) == (1, 1) for t in taps]
     if plan and not any(right):
-        raise ValueError("paced=True looks at the student's scores of one class among several, one set per sample, and the "
-                         f"taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'. "
+        raise ValueError("paced=True looks at the student's scores of one class among several, one set per sample, and "
+                         f"the taps {[t.name for t in plan]} have none: leave it out, or add the tap 'logits'. "
                          "[help: method-options]")
 
 def weigh_samples(
@@ -185,7 +185,8 @@ def output_refusal(
 ) -> str|None: # A sentence, None where it is defined
     "Why a method is not defined for a kind of outputs"
     kind = 'function' if callable(output) else output or 'classes'
-    if method.for_boxes: return f"{method.__name__} is defined for detectors, and this model gives no boxes: use {method.instead}."
+    if method.for_boxes:
+        return f"{method.__name__} is defined for detectors, and this model gives no boxes: use {method.instead}."
     if kind in method.outputs: return None
     words = ' or '.join(OUTPUTS[k] for k in method.outputs if not k.endswith('probabilities'))
     what = f'are {OUTPUTS[kind]}' if kind in OUTPUTS else 'have a distance of their own'

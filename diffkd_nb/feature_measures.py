@@ -16,8 +16,9 @@ __all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'unbiased_cka', 'li
 # %% ../nbs/25a_feature_measures.ipynb #f0e61d27
 def _samples(x):
     "Features as a matrix in double precision; `ValueError` for anything else"
-    if x.dim() != 2 or len(x) < 2: raise ValueError(f"features must be (samples, channels) of at least two samples, got {tuple(x.shape)}. "
-                                                    "[help: argument]")
+    if x.dim() != 2 or len(x) < 2:
+        raise ValueError(f"features must be (samples, channels) of at least two samples, got {tuple(x.shape)}. "
+                         "[help: argument]")
     return x.double()
 
 def class_signal(
@@ -70,7 +71,8 @@ def unbiased_cka(
     "Centred kernel alignment of linear kernels without the bias of few samples"
     x, z = _samples(x), _samples(z)
     if len(x) != len(z) or len(x) < 4:
-        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}. [help: argument]")
+        raise ValueError(f"both must be features of the same four samples or more, got {len(x)} and {len(z)}. "
+                         "[help: argument]")
     if any(float((v - v.mean(0)).norm()) <= 1e-9*float(v.norm()) for v in (x, z)): return math.nan
     k, l = (v @ v.T for v in (x - x.mean(0), z - z.mean(0)))
     return float(_hsic(k, l)/(_hsic(k, k)*_hsic(l, l)).clamp_min(0).sqrt())

@@ -120,8 +120,8 @@ def _kind_of_map(x, aspect):
     off = lambda h,w: abs(math.log(max(h, 1)/max(w, 1)/aspect))
     first, last = off(*x.shape[2:]), off(*x.shape[1:3])
     if abs(first - last) > .2: return 'map' if first < last else 'channels_last'
-    raise ValueError(f"an output of shape {tuple(x.shape)} may have its channels on axis 1 or on axis 3: name the layout, "
-                     "taps=[dict(student=..., teacher=..., layout='map')] or 'channels_last'. [help: shape]")
+    raise ValueError(f"an output of shape {tuple(x.shape)} may have its channels on axis 1 or on axis 3: name the "
+                     "layout, taps=[dict(student=..., teacher=..., layout='map')] or 'channels_last'. [help: shape]")
 
 def token_layout(n, aspect, prefix, grids):
     "Layout of `n` tokens: the grid of a patch embedding, else one of the picture's aspect; None where there is none"
@@ -196,6 +196,6 @@ def to_map(
     x = x[:, layout.prefix:]
     grid = grid or grid_of(x.shape[1], layout.aspect)
     if grid is None or math.prod(grid) != x.shape[1]:
-        raise ValueError(f"{x.shape[1]} tokens are no grid of {grid or f'height over width {layout.aspect:.2f}'}: tap another "
-                         "module, or name the layout 'sequence'. [help: shape]")
+        raise ValueError(f"{x.shape[1]} tokens are no grid of {grid or f'height over width {layout.aspect:.2f}'}: tap "
+                         "another module, or name the layout 'sequence'. [help: shape]")
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)

@@ -275,7 +275,8 @@ class PixelCrossEntropy(nn.CrossEntropyLoss):
 # %% ../nbs/04_losses.ipynb #022386d9
 def _maps_of(pred):
     "Class maps that a model gives, its answer first"
-    if isinstance(pred, Mapping): return [pred['out'], *(v for k,v in pred.items() if k != 'out')] if 'out' in pred else [*pred.values()]
+    if isinstance(pred, Mapping):
+        return [pred['out'], *(v for k,v in pred.items() if k != 'out')] if 'out' in pred else [*pred.values()]
     return list(pred) if isinstance(pred, (tuple, list)) else [pred]
 
 @patch
@@ -284,7 +285,8 @@ def one(self:PixelCrossEntropy,
     target:Tensor # Classes (B, H, W), int64
 ) -> Tensor: # As of the call
     "The loss of one class map"
-    if pred.shape[2:] != target.shape[1:]: pred = F.interpolate(pred, target.shape[1:], mode='bilinear', align_corners=False)
+    if pred.shape[2:] != target.shape[1:]:
+        pred = F.interpolate(pred, target.shape[1:], mode='bilinear', align_corners=False)
     how = dict(weight=self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
     if self.reduction == 'none': return F.cross_entropy(pred, target, reduction='none', **how)
     kept = target != self.ignore_index

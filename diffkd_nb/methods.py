@@ -204,7 +204,8 @@ def _parse_one(text):
     if name == 'alone' and options: raise InputError(f"method {text!r}: 'alone' has no options. [help: method-options]")
     if name != 'alone':
         try: get_method(name)
-        except ValueError as e: raise InputError(str(e).replace(' [help', " Or 'alone' for no distillation. [help")) from None
+        except ValueError as e:
+            raise InputError(str(e).replace(' [help', " Or 'alone' for no distillation. [help")) from None
     w = options.pop('task_weight', 1.)
     if not isinstance(w, (int, float)) or w < 0:
         raise InputError(f"method {text!r}: task_weight must be a number >= 0, got {w!r}. [help: method-options]")

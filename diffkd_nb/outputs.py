@@ -125,8 +125,8 @@ def check_values(
                          f"but class scores before the softmax are expected: take it off, or pass "
                          "output='probabilities' if both models end in one. [help: ends-in-softmax]")
     if output == 'labels' and end == 'sigmoid':
-        raise ValueError(f"the {role} ends in a sigmoid, but scores before the sigmoid are expected: take it off, or pass "
-                         "output='label_probabilities' if both models end in one. [help: ends-in-softmax]")
+        raise ValueError(f"the {role} ends in a sigmoid, but scores before the sigmoid are expected: take it off, or "
+                         "pass output='label_probabilities' if both models end in one. [help: ends-in-softmax]")
 
 # %% ../nbs/07b_outputs.ipynb #11b617fe
 # Learners by what their model gives, each with number of outputs and meaning

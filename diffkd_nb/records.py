@@ -118,8 +118,8 @@ def find_key(
     fields = fields_of(output)
     if key is not None:
         if key in fields: return key
-        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with output_key=. "
-                         "[help: shape]")
+        raise ValueError(f"{where} gives no tensor called {key!r}, but {_listed(fields)}: name one of these with "
+                         "output_key=. [help: shape]")
     fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
     if shape is None and not fits: fits = [k for k in ('logits', 'out') if k in fields and fields[k].dim() == 4]
     if shape is None and [*fields] == ['logits']: fits = ['logits']     # of words, say
@@ -208,7 +208,8 @@ def _resized(records, final):
         fits = _is_map(r) and r.output.dim() == 4 and r.output.shape[:2] == final.shape[:2]
         if not fits or math.prod(r.output.shape[2:]) >= math.prod(size): continue
         small = plain_values(r.output)
-        if any(torch.allclose(F.interpolate(small, size, **how), whole, rtol=1e-3, atol=1e-4) for how in _ENLARGE): return i
+        if any(torch.allclose(F.interpolate(small, size, **how), whole, rtol=1e-3, atol=1e-4) for how in _ENLARGE):
+            return i
 
 def class_map(
     records:Sequence[Record], # From `dry_run`
@@ -237,8 +238,8 @@ def _last_map(records):
     maps = {i: n for i,n in maps.items() if records[i].output.dim() == 4 or n > 1}
     if not maps:
         script = ' A TorchScript model shows its output alone.' if is_script(records[-1].module) else ''
-        raise ValueError("the model has no module that gives a feature map: name one with taps=[(student, teacher), ...], "
-                         f"or distil the logits alone with taps=['logits'].{script} [help: no-feature-map]")
+        raise ValueError("the model has no module that gives a feature map: name one with taps=[(student, teacher), "
+                         f"...], or distil the logits alone with taps=['logits'].{script} [help: no-feature-map]")
     large = [i for i,n in maps.items() if n > 1]
     pools = [i for i,r in enumerate(records) if _is_global_pool(r.module) and large and i > large[-1]]
     return max(i for i in maps if not pools or i < pools[-1])
@@ -266,8 +267,8 @@ def last_words(
     parts = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3]
     whole = _whole_sentences(records, parts[-1]) if parts else None
     if whole: return whole
-    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, or use 'feature'. "
-                     "[help: shape]")
+    raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, "
+                     "or use 'feature'. [help: shape]")
 
 # %% ../nbs/00d_records.ipynb #b0c15edf
 def _map_size(model, records, i, aspect):

@@ -312,7 +312,8 @@ def _cost(learn, job, began, seconds):
         ms_per_step=round(1000*float(np.median(log.train_seconds))/steps, 2), steps_per_epoch=steps,
         peak_memory_mb=peak and round(peak/2**20, 1), peak_memory_of='GPU allocations' if on_gpu else 'process',
         student_parameters=n_parameters(learn.model), added_parameters=0 if d is None else n_parameters(d.distiller))
-    if not on_gpu and 'mixed_precision' in [cb.name for cb in learn.cbs]: cost['bf16'] = bf16_instructions() or 'no instructions'
+    if not on_gpu and 'mixed_precision' in [cb.name for cb in learn.cbs]:
+        cost['bf16'] = bf16_instructions() or 'no instructions'
     if d is not None and d.teacher_engine != 'plain': cost['teacher_engine'] = d.engine_note
     if graph is not None: cost['graph'] = 'recorded' if graph.recorded else graph.reason
     for cb in learn.cbs:

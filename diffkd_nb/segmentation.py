@@ -33,14 +33,15 @@ def confusion(
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
     if pred.dim() == 4: n, pred = n or pred.shape[1], ToSize()(pred.float(), target.shape[1:]).max(1).indices # argmax is slower
-    if n < 2: raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its own. "
-                               "[help: masks]")
+    if n < 2:
+        raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its "
+                         "own. [help: masks]")
     counted = target != (-100 if ignore is None else ignore)
     beyond = target[counted & ((target >= n) | (target < 0))]
     if len(beyond):
         wrong = int(beyond.max() if beyond.max() >= n else beyond.min())
-        raise InputError(f"the masks have the class {wrong}, and the model gives {n} classes, 0 to {n-1}: give the value of void "
-                         "as ignore_index, or a model with more classes. [help: masks]")
+        raise InputError(f"the masks have the class {wrong}, and the model gives {n} classes, 0 to {n-1}: give the "
+                         "value of void as ignore_index, or a model with more classes. [help: masks]")
     rows = torch.where(counted, target.long(), n)       # void has a row of its own, which is left out
     return torch.bincount((rows*n + pred).flatten(), minlength=n*(n + 1))[:n*n].view(n, n)
 

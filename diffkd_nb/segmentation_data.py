@@ -86,8 +86,8 @@ def _joint(names):
     read = dict(flip=lambda t: t == '', scale=_bounds, crop=lambda t: sides(t) if t else True)
     for kind,text in asked.items():
         if kind in read and read[kind](text): continue
-        raise InputError(f"augmentation {f'{kind}:{text}' if text else kind!r} is not one for pictures with masks: expected "
-                         "'flip', 'scale:LOW-HIGH' (such as 'scale:0.5-2'), 'crop' or 'crop:HEIGHTxWIDTH'. "
+        raise InputError(f"augmentation {f'{kind}:{text}' if text else kind!r} is not one for pictures with masks: "
+                         "expected 'flip', 'scale:LOW-HIGH' (such as 'scale:0.5-2'), 'crop' or 'crop:HEIGHTxWIDTH'. "
                          "[help: recipe]")
     if 'scale' in asked and 'crop' not in asked:
         raise InputError("augmentation 'scale' makes pictures of many sizes: name 'crop' too. [help: recipe]")
@@ -255,8 +255,8 @@ def dls(self:SegmentationData,
     train = JointTransform(self.size, tuple(augmentation), self.stats)
     sizes = {*self.shapes[0]} if not self.size else set()
     if len(sizes) > 1 and train.crop in (None, True):
-        raise InputError(f"{self.name} has pictures of {len(sizes)} sizes: name one (size=HEIGHTxWIDTH), or use a recipe "
-                         "with 'crop:HEIGHTxWIDTH'. [help: data-options]")
+        raise InputError(f"{self.name} has pictures of {len(sizes)} sizes: name one (size=HEIGHTxWIDTH), or use a "
+                         "recipe with 'crop:HEIGHTxWIDTH'. [help: data-options]")
     small = 4*sum(math.prod(s) for shapes in self.shapes for s in shapes) < _KEEP
     device, workers = torch.device(device or 'cpu'), (0 if small else 2) if num_workers is None else num_workers
     kw = dict(stats=self.stats, seed=seed, num_workers=workers, pin_memory=device.type == 'cuda')
@@ -301,8 +301,8 @@ def _listed(pairs, f):
     except (OSError, UnicodeDecodeError) as e: raise InputError(f"{f} cannot be read as a list of names: {e}. "
                                                                 "[help: unreadable-file]") from None
     known = {p[0].stem: p for p in pairs}
-    if lacks := [n for n in names if n not in known]: raise InputError(f"{f} names {lacks[0]!r}, and there is no such picture. "
-                                                                       "[help: data-folder]")
+    if lacks := [n for n in names if n not in known]:
+        raise InputError(f"{f} names {lacks[0]!r}, and there is no such picture. [help: data-folder]")
     return [p for p in pairs if p[0].stem not in set(names)], [known[n] for n in names]
 
 def _in_folders(images, masks, suffix, valid):
@@ -351,8 +351,8 @@ def _camvid(folder, valid):
         return splits, CAMVID, None, (len(CAMVID),)
     masks = next((folder/n for n in ('masks', 'labels') if (folder/n).is_dir()), None)
     if masks is None or not (folder/'codes.txt').is_file():
-        raise InputError(f"{folder} holds no CamVid: expected train/, trainannot/, val/, valannot/ as for SegNet, or images/, "
-                         "labels/ (or masks/) and codes.txt as in fastai's URLs.CAMVID. [help: data-folder]")
+        raise InputError(f"{folder} holds no CamVid: expected train/, trainannot/, val/, valannot/ as for SegNet, or "
+                         "images/, labels/ (or masks/) and codes.txt as in fastai's URLs.CAMVID. [help: data-folder]")
     suffix = '_P' if next((f for f in _images(masks) if f.stem.endswith('_P')), None) else ''
     return _divided(folder, folder/'images', masks, suffix, valid), *_named(folder/'codes.txt')
 
@@ -391,8 +391,8 @@ def _said(spec, kind, query):
         if k in asked and not (asked[k].isdigit() and int(asked[k])):
             raise InputError(f"{spec}: {k} must be a positive whole number, got {asked[k]!r}. [help: data-options]")
     if 'holdout' in asked and 'valid' in asked:
-        raise InputError(f"{spec}: holdout takes the place of the validation pictures, and valid names them: leave one out. "
-                         "[help: data-options]")
+        raise InputError(f"{spec}: holdout takes the place of the validation pictures, and valid names them: leave one "
+                         "out. [help: data-options]")
     if 'size' in asked and not sides(asked['size']):
         raise InputError(f"{spec}: size must be HEIGHTxWIDTH, such as 180x240, got {asked['size']!r}. "
                          "[help: data-options]")
@@ -406,8 +406,9 @@ def open_segmentation(
     kind, _, rest = str(spec).partition(':')
     path, _, query = rest.partition('?')
     folder, asked = Path(path), _said(spec, kind, query)
-    if not folder.is_dir(): raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and masks in it. "
-                                             "[help: data-folder]")
+    if not folder.is_dir():
+        raise InputError(f"{path!r} is not a folder (from {spec!r}): expected pictures and masks in it. "
+                         "[help: data-folder]")
     n, limit = int(asked.get('holdout', 0)), int(asked.get('limit', 0))
     (train, valid), *what = _LAYOUTS[kind](folder, asked.get('valid', ''), **{k: asked[k] for k in _MORE if k in asked})
     if n >= len(train): raise InputError(f"{spec}: {len(train)} training pictures are too few to hold out {n}. "

@@ -115,8 +115,8 @@ def load_encoder(
     cut = next((c for c in ('', 'body.') if fits(c)), None)
     if cut is None:
         lacks = next(k for k in wanted if k not in sd or sd[k].shape != own[k].shape)
-        raise InputError(f"{path} does not fit the encoder {type(encoder).__name__}: {lacks} is missing or of another shape. "
-                         "[help: weights]")
+        raise InputError(f"{path} does not fit the encoder {type(encoder).__name__}: {lacks} is missing or of another "
+                         "shape. [help: weights]")
     encoder.load_state_dict({k: sd[k.removeprefix(cut)].to(own[k].dtype) if k in wanted else own[k] for k in own})
     return encoder
 
@@ -183,8 +183,9 @@ def _smp_arguments(cls, asked):
 def _smp(name, rest, n_classes, size):
     smp, (arch, _, text) = _import_smp(), rest.partition('?')
     known = sorted(n for n in dir(smp) if inspect.isclass(getattr(smp, n)) and issubclass(getattr(smp, n), nn.Module))
-    if arch not in known: raise InputError(f"there is no model named {name!r}: of smp expected one of {', '.join(known)}. "
-                                           "[help: model-name]")
+    if arch not in known:
+        raise InputError(f"there is no model named {name!r}: of smp expected one of {', '.join(known)}. "
+                         "[help: model-name]")
     cls, ours = getattr(smp, arch), ('classes', 'in_channels', 'encoder_name', 'encoder_weights', 'aux_params')
     more = [k for k,p in inspect.signature(cls).parameters.items() if k not in ours and p.kind is not p.VAR_KEYWORD]
     asked = _options(name, text, ('encoder', 'output_stride', 'weights', *more))
@@ -204,8 +205,9 @@ def _smp(name, rest, n_classes, size):
 # %% ../nbs/15a_segmentation_models.ipynb #af09b10a
 def _torchvision(name, rest, n_classes, size):
     known = torchvision.models.list_models(torchvision.models.segmentation)
-    if rest not in known: raise InputError(f"there is no model named {name!r}: of torchvision expected {', '.join(known)}. "
-                                           "[help: model-name]")
+    if rest not in known:
+        raise InputError(f"there is no model named {name!r}: of torchvision expected {', '.join(known)}. "
+                         "[help: model-name]")
     return Scores(torchvision.models.get_model(rest, weights=None, weights_backbone=None, num_classes=n_classes))
 
 def _unet(name, rest, n_classes, size):
@@ -227,8 +229,8 @@ def segmentation_model(
     kind, _, rest = str(name).partition(':')
     if kind not in _MAKERS:
         raise InputError(f"there is no segmentation network named {name!r}: expected "
-                         "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or pyramid:ENCODER. "
-                         "[help: model-name]")
+                         "smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME or "
+                         "pyramid:ENCODER. [help: model-name]")
     return _MAKERS[kind](name, rest, n_classes, size)
 
 # %% ../nbs/15a_segmentation_models.ipynb #57e8a0fc

@@ -240,8 +240,8 @@ def _several(self:Sources, specs, data, stats):
     found = [self.teacher(s, data, stats) for s in specs]
     key = tuple(t if isinstance(t, nn.Module) else str(t) for t in specs)
     if any(t.stats != found[0].stats for t in found):
-        raise InputError(f"{teacher_name(specs)} want inputs of different normalisations: several teachers see the same "
-                         "input, so take teachers that were trained alike, or one of them. [help: other-input]")
+        raise InputError(f"{teacher_name(specs)} want inputs of different normalisations: several teachers see the "
+                         "same input, so take teachers that were trained alike, or one of them. [help: other-input]")
     def make():
         model = Ensemble([t.model for t in found], task_of(data).output)
         return Teacher(teacher_name(specs), model, state_hash(model)), data

@@ -183,8 +183,9 @@ def check_shared(
 ):
     "`InputError` for what does not go with a shared teacher"
     for name,why in (('cache', 'both save work of the teacher'), ('graph', 'a recorded step runs its own teacher')):
-        if options.get(name): raise InputError(f"share_teacher and {name} do not go together, {why}: leave one of them out. "
-                                               "[help: comparison]")
+        if options.get(name):
+            raise InputError(f"share_teacher and {name} do not go together, {why}: leave one of them out. "
+                             "[help: comparison]")
     if (engine := options.get('teacher_engine', 'plain')) != 'plain':
         raise InputError(f"share_teacher and teacher_engine={engine!r} do not go together: leave one of them out. "
                          "[help: comparison]")

@@ -34,8 +34,9 @@ def check_streams(
     elif r.mixup or r.cutmix or r.drop_path: why = f'the recipe {r.name} mixes pictures or drops paths at random'
     elif any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in opened.student().modules()):
         why = f'{opened.setup.student} has dropout'
-    if why: raise InputError(f"executor='streams' trains several runs in one process, whose random numbers would mix: {why}. "
-                             "Use executor='process'. [help: comparison]")
+    if why:
+        raise InputError("executor='streams' trains several runs in one process, whose random numbers would mix: "
+                         f"{why}. Use executor='process'. [help: comparison]")
 
 # %% ../nbs/24b_streams.ipynb #74a24aa3
 _BEGUN = 10 # Steps after which a run has recorded its own

@@ -259,8 +259,8 @@ _IN_MEMORY = 'digits', 'cifar10', 'cifar100' # Kinds of data whose runs can shar
 def _planned_looks(q, each, here):
     "The looks of a question, as `compare` takes them"
     if tuple(here) != q.seeds:
-        raise InputError(f"question {q.key} has looks at {q.looks.at}, and its looks take its seeds in their order: all "
-                         f"of them on one kind of machine. Got {tuple(here)}. [help: comparison]")
+        raise InputError(f"question {q.key} has looks at {q.looks.at}, and its looks take its seeds in their order: "
+                         f"all of them on one kind of machine. Got {tuple(here)}. [help: comparison]")
     differences = [[q.variants[v] for v in pair] for pair in q.differences]
     return replace(q.looks, seeds=each, differences=differences)
 
@@ -320,7 +320,8 @@ def main(
     p.add_argument('--show', action='store_true', help='train nothing, print what is on record')
     add_fields(p, 'out', required=True); p._actions[-1].help = 'folder of the study; made if missing'
     a = p.parse_args(argv)
-    if not a.show and not (a.data and a.teacher): p.error('--data and --teacher are required (or --show) [help: argument]')
+    if not a.show and not (a.data and a.teacher):
+        p.error('--data and --teacher are required (or --show) [help: argument]')
     return guarded('diffkd_study', lambda: _main(a), a.out)
 
 def _main(a):

@@ -96,12 +96,12 @@ def _record(model, records, name, role):
     if not found: raise ValueError(_why_silent(model, role, name))
     if k is None and len(found) > 1:
         shapes = ', '.join(str(tuple(records[i].output.shape)) for i in found[:3] if isinstance(records[i].output, Tensor))
-        raise ValueError(f"module {name!r} of the {role} runs several times in a forward pass ({len(found)}; outputs {shapes}): "
-                         f"say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or tap one that runs once. "
-                         "[help: runs-again]")
+        raise ValueError(f"module {name!r} of the {role} runs several times in a forward pass ({len(found)}; outputs "
+                         f"{shapes}): say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or "
+                         "tap one that runs once. [help: runs-again]")
     if k is not None and not 1 <= k <= len(found):
-        raise ValueError(f"module {name!r} of the {role} runs {len(found)} times in a forward pass, so there is no call {k}. "
-                         "[help: runs-again]")
+        raise ValueError(f"module {name!r} of the {role} runs {len(found)} times in a forward pass, so there is no "
+                         f"call {k}. [help: runs-again]")
     return found[(k or 1) - 1], len(found)
 
 def _why_silent(model, role, name):
@@ -129,8 +129,8 @@ def _place(model, records, name, role, aspect, kind, layout=None, key=None):
 def _asked_layout(layout, x, aspect):
     "What the user says about a layout"
     if layout is None or isinstance(layout, Layout): return layout
-    if layout not in LAYOUTS: raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}. "
-                                               "[help: shape]")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}. [help: shape]")
     found = token_layout(x.shape[1], aspect or 1., None, {}) if layout == 'tokens' else Layout(layout, aspect=aspect or 1.)
     if found is not None: return found
     raise ValueError(f"an output of shape {tuple(x.shape)} is no grid of tokens: use layout='sequence'. [help: shape]")
@@ -142,9 +142,9 @@ def _check_place(place, out, records, role):
     batch = len(records[-1].output) if gives_boxes(records) else len(final) if final is not None and final.dim() else None
     if place.name == BOX_PREDICTOR: batch = None         # has one row for each proposal
     if batch is not None and len(out) != batch:
-        raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to stand on "
-                         "axis 0: tap a module that has the samples there (batch_first=True in PyTorch's transformers). "
-                         "[help: shape]")
+        raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to "
+                         "stand on axis 0: tap a module that has the samples there (batch_first=True in PyTorch's "
+                         "transformers). [help: shape]")
     if role == 'teacher' and not torch.isfinite(out).all():
         raise ValueError(f"the teacher's output at {where!r} is not finite (NaN or infinity) "
                          "on the first batch: check its weights and the normalisation of the input. [help: not-finite]")
@@ -161,13 +161,13 @@ def in_training(
     "A place of the student as it is in training; `ValueError` where it cannot be distilled there"
     found, name = [r for r in records if r.name == place.name], place.name or '(output)'
     if len(found) != place.calls:
-        raise ValueError(f"module {name!r} of the student runs {place.calls} times in eval mode and {len(found)} times in "
-                         "training mode: tap a module that runs as often in both. [help: in-training]")
+        raise ValueError(f"module {name!r} of the student runs {place.calls} times in eval mode and {len(found)} times "
+                         "in training mode: tap a module that runs as often in both. [help: in-training]")
     r = found[(place.call or 1) - 1]
     if r.blind:
-        raise ValueError(f"module {name!r} of the student runs without gradient in training (inside torch.no_grad, or a "
-                         "reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside of it. "
-                         "[help: in-training]")
+        raise ValueError(f"module {name!r} of the student runs without gradient in training (inside torch.no_grad, or "
+                         "a reentrant checkpoint): use checkpoint(..., use_reentrant=False), or tap a module outside "
+                         "of it. [help: in-training]")
     if isinstance(r.output, Tensor): return place._replace(copied=place.copied or r.changed)
     own = place.key if place.key in fields_of(r.output) else None
     key = find_key(r.output, key if place.name == '' else own, where='in training mode the student')
@@ -224,10 +224,9 @@ def named_tap(
     if isinstance(t, Mapping) and {'student', 'teacher'} <= set(t) <= {'student', 'teacher', 'kind', 'layout'}:
         t = (t['student'], t['teacher'], *([t['kind']] if t.get('kind') else []))
     if not (isinstance(t, (tuple, list)) and len(t) in (2, 3) and all(isinstance(o, str) for o in t)):
-        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student name, "
-                         "teacher name), (student name, "
-                         f"teacher name, kind) or dict(student=..., teacher=..., kind=..., layout=...), got {t!r}. "
-                         "[help: taps]")
+        raise ValueError("a tap is 'feature', 'words', 'logits', 'stages', 'exits', 'fpn', 'heads', 'rois', (student "
+                         "name, teacher name), (student name, teacher name, kind) or dict(student=..., teacher=..., "
+                         f"kind=..., layout=...), got {t!r}. [help: taps]")
     s, u, kind = (*t, None)[:3]
     if kind not in (None, *KINDS):
         raise ValueError(f"kind of tap {tuple(t)} must be {' or '.join(map(repr, KINDS))}, got {kind!r}. [help: taps]")
@@ -247,7 +246,8 @@ def check_taps(
         if isinstance(t, str) and t in ('feature', 'words', 'logits', 'stages', 'exits', *OF_DETECTORS): name = t
         else:
             name, _, s, u, layouts = named_tap(t)
-            for m,n,role in ((student, s, 'student'), (teacher, u, 'teacher')): get_module(m, _call(_field(n)[0])[0], role)
+            for m,n,role in ((student, s, 'student'), (teacher, u, 'teacher')):
+                get_module(m, _call(_field(n)[0])[0], role)
         if name in seen: raise ValueError(f"tap {name!r} is listed twice. [help: taps]")
         seen.append(name)
 
@@ -331,8 +331,8 @@ def _check_sentences(asked, fits, same, by_word):
                          "features. [help: shape]")
     if any(a in SENTENCES and not f for a,f in zip(asked, fits)):
         raise ValueError("layout 'words' or 'pooled' needs a sequence (B, N, C) whose words are known: inputs with an "
-                         "attention_mask of (B, N), an nn.Embedding with padding_idx, or a model with a method word_mask. "
-                         "Use layout='sequence'. [help: shape]")
+                         "attention_mask of (B, N), an nn.Embedding with padding_idx, or a model with a method "
+                         "word_mask. Use layout='sequence'. [help: shape]")
     if 'words' not in asked or same and by_word: return
     why = 'teacher and student read other words' if not same else 'this method does not leave padding out'
     raise ValueError(f"layout 'words' compares word by word, and {why}: use layout='pooled'. [help: shape]")
@@ -352,8 +352,8 @@ def _matched(place, other, classes):
     mine, theirs = [[p[i] for p in pairs] for i in (0, 1)]
     good = len(classes) == n and all(isinstance(t, int) and 0 <= t < m for t in theirs)
     if not good or not pairs or len(set(theirs)) < len(theirs):
-        raise ValueError(f"classes must have an entry for each of the student's {n} outputs: the number of another one of the "
-                         f"teacher's {m} outputs, 0 to {m-1}, or None, got {classes}. [help: other-classes]")
+        raise ValueError(f"classes must have an entry for each of the student's {n} outputs: the number of another one "
+                         f"of the teacher's {m} outputs, 0 to {m-1}, or None, got {classes}. [help: other-classes]")
     pick = lambda p, which: p._replace(shape=(len(which), *p.shape[1:]), outputs=tuple(which))
     return (place if len(mine) == n else pick(place, mine)), pick(other, theirs)
 
@@ -363,8 +363,8 @@ def _check_tap(tap, plan):
     (s, *grid), (t, *other) = tap.student.shape, tap.teacher.shape
     if tap.kind == 'logits' and s != t:
         raise ValueError(f"the student has {s} classes and the teacher {t}: logits can only be compared over the same "
-                         "classes. Say with classes=[...] which of the teacher's outputs each of the student's is, give the "
-                         "teacher a head for these classes, or distil features alone with taps=['feature']. "
+                         "classes. Say with classes=[...] which of the teacher's outputs each of the student's is, "
+                         "give the teacher a head for these classes, or distil features alone with taps=['feature']. "
                          "[help: other-classes]")
     if tap.kind == 'logits' and grid != other and [1, 1] in (grid, other):
         raise ValueError(f"the student gives scores of {grid[0]} x {grid[1]} positions and the teacher of {other[0]} x "

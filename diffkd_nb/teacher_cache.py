@@ -138,8 +138,9 @@ class TeacherCache:
             raise InputError("the teacher's cache needs a loader that numbers its views (diffkd_nb.data.array_dls), "
                              f"got {type(loader).__name__}: leave the cache out. [help: teacher-cache]")
         if names := [t.name for t in kd.plan if t.teacher.layout.kind in ('words', 'each_word', 'each_position')]:
-            raise InputError(f"tap {names[0]!r} compares sentences word by word, and the teacher's cache keeps records of one "
-                             "size: name the tap with layout='pooled', or leave the cache out. [help: teacher-cache]")
+            raise InputError(f"tap {names[0]!r} compares sentences word by word, and the teacher's cache keeps records "
+                             "of one size: name the tap with layout='pooled', or leave the cache out. "
+                             "[help: teacher-cache]")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.loader,self.places = loader,{t.name: t.teacher for t in kd.plan}
         self.n_views = 1 if loader.views is None else len(loader.views)

@@ -9,7 +9,7 @@ SOURCE = re.compile(r'File to edit: \.\./nbs/(\S+\.ipynb)')
 MODULES = {p.stem: p.read_text() for p in sorted((ROOT/'diffkd_nb').glob('*.py')) if SOURCE.search(p.read_text())}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}
 NOTEBOOK = {name: SOURCE.search(text)[1] for name, text in MODULES.items()}
-CELL, LINE, HARD_LINE, LINES_OVER, PARAMETERS = 40, 120, 140, .016, 10
+CELL, LINE, HARD_LINE, LINES_OVER, PARAMETERS = 40, 120, 140, .01, 10
 
 
 def number(module):
