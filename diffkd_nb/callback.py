@@ -25,7 +25,7 @@ from fastai.basics import (CancelBatchException, CancelEpochException, CancelFit
                            CancelValidException)
 from fastai.basics import Callback, Learner, Lookahead, OptimWrapper, ValueMetric, norm_bias_params
 from fastai.callback.mixup import MixHandler
-from fastai.callback.rnn import ModelResetter, RNNCallback
+from fastai.callback.rnn import ModelResetter
 from fastai.data.load import DataLoader
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
@@ -259,19 +259,14 @@ def after_create(self:DistillCallback):
 def _distillation(self:DistillCallback) -> Distillation:
     "The distillation of the Learner's present model, perhaps not planned yet"
     student = unwrap(self.learn.model)
-    if self.kd is not None and self.kd.student is student and self.kd.output_key == self._key(): return self.kd
+    if self.kd is not None and self.kd.student is student: return self.kd
     if self.kd is not None: self.detach(); self.kd.finish()
     check_taps(student, self.teacher, self.asked_taps)
     self.kd = Distillation(student, self.teacher, self.method, (), self.given_taps, self.seed,
-                           self.teacher_transform, self.cache, self._context, self._key(), self._meaning(),
+                           self.teacher_transform, self.cache, self._context, self.output_key, self._meaning(),
                            self.classes, self.teacher_engine)
     self.kd.same_data,self.tail = self._same_data,None
     return self.kd
-
-@patch
-def _key(self:DistillCallback):
-    "The field of the outputs; the first where `RNNCallback` takes that"
-    return 0 if self.output_key is None and self.learn._grab_cbs(RNNCallback) else self.output_key
 
 @patch
 def _meaning(self:DistillCallback):

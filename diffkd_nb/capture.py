@@ -98,7 +98,9 @@ def take(self:Capture) -> tuple[dict,dict]: # Tap name to the module's own outpu
 @patch
 def maps(self:Capture) -> dict: # Tap name to (B, C, H, W)
     "What was captured, as maps; an error where it is not what was planned"
-    return {n: self._map(n) for n in self.places}
+    of_words = any(p.layout.kind in (*SENTENCES, 'each_word') for p in self.places.values())
+    mask = word_mask(self.began[0][0], self.model) if of_words and self.began else None
+    return {n: self._map(n, mask) for n in self.places}
 
 @patch
 def note_output(self:Capture,
@@ -147,7 +149,7 @@ def _why_missing(self:Capture, tap):
 
 # %% ../nbs/00g_capture.ipynb #7fae83ed
 @patch
-def _map(self:Capture, tap):
+def _map(self:Capture, tap, mask):
     "The map of a tap, checked against the plan"
     p, (x, _) = self.places[tap], self._own(tap)
     x = x.dequantize() if x.is_quantized else x
@@ -156,7 +158,7 @@ def _map(self:Capture, tap):
                        "planned: the model or its input has changed. Plan again (prepare(x), or a new fit). [help: in-training]")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
-    mask = word_mask(self.began[0][0], self.model) if p.layout.kind in (*SENTENCES, 'each_word') else None
+    if p.layout.kind not in (*SENTENCES, 'each_word'): mask = None
     if mask is not None and mask.shape != x.shape[:2]: raise wrong
     m = to_map(x, p.layout, self._grid(p, x) if p.layout.kind == 'tokens' else None, mask)
     if p.outputs is not None and m.shape[1] > max(p.outputs): m = m[:, list(p.outputs)]

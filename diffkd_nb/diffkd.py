@@ -91,7 +91,7 @@ class DiffKD(nn.Module):
         super().__init__()
         _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing, dense_form=dense_form)
         _check_pairs(kind, distance, start, adapter)
-        _check_width(kind, teacher_channels)
+        if isinstance(denoiser, str) and denoiser != 'identity': _check_width(kind, teacher_channels)
         self.kind, self.align = kind, align
         self.steps, self.start = steps, start
         self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing

@@ -122,10 +122,16 @@ def find_key(
                          "output_key=. [help: shape]")
     fits = [k for k,v in fields.items() if (v.dim() == 2 if shape is None else tuple(v.shape) == tuple(shape))]
     if shape is None and not fits: fits = [k for k in ('logits', 'out') if k in fields and fields[k].dim() == 4]
-    if shape is None and [*fields] == ['logits']: fits = ['logits']     # of words, say
+    if shape is None and not fits: fits = _scores_first(fields)
     if 'logits' in fits or len(fits) == 1: return 'logits' if 'logits' in fits else fits[0]
     raise ValueError(f"{where} gives a {type(output).__name__}, not a tensor, with {_listed(fields) or 'no tensors'}: "
                      "name the one to compare with output_key=, or tap a module inside or after it. [help: shape]")
+
+def _scores_first(fields):
+    "`'logits'` where that is all; the first of three where fastai's language models give scores and twice the states"
+    shapes = [tuple(v.shape) for v in fields.values()]
+    fastais = len(shapes) == 3 and shapes[1] == shapes[2] and len(shapes[0]) == 3 and shapes[0][:2] == shapes[1][:2]
+    return [*fields][:1] if fastais or [*fields] == ['logits'] else []
 
 def _listed(fields): return ', '.join(f'{k!r} {tuple(v.shape)}' for k,v in fields.items())
 

@@ -293,6 +293,17 @@ def test_language_models():
     log = learn.recorder.values; assert log[-1][0] < log[0][0] and all(v == v for row in log for v in row)
 
 
+def test_a_transformer_teaches_fastais_model():
+    "Each names its scores in its own way"
+    set_seed(0)
+    student, teacher, x = of_fastai(8), Classifier(32, 2).eval(), torch.randint(2, 30, (8, 7))
+    cb = DistillCallback(teacher, 'kd', teacher_transform=lambda x: dict(input_ids=x, attention_mask=(x != 1).long()), verbose=False)
+    rows = list(zip(x, torch.arange(8) % 3)); dls = DataLoaders.from_dsets(rows, rows, bs=4, device='cpu', num_workers=0)
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=[*rnn_cbs(), cb])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert (cb.plan[0].student.key, cb.plan[0].teacher.key) == (0, 'logits')
+
+
 def test_other_words_are_compared_by_their_mean():
     "A teacher with another tokenizer"
     set_seed(0)
