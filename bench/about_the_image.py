@@ -9,7 +9,7 @@ where code, data and weights are the same.
 import argparse
 from pathlib import Path
 import pandas as pd, torch
-from diffkd_nb.comparison import Comparison
+from diffkd_nb.stored_runs import Comparison
 from diffkd_nb.diffkd import trajectory
 from diffkd_nb.feature_measures import about_the_sample
 from diffkd_nb.files import file_hash

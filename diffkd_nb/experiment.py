@@ -11,7 +11,8 @@ __all__ = ['FULL_DATA', 'Comparison', 'compare', 'EXECUTORS', 'Cell', 'grid_cell
            'verdict_word', 'TABLE_CHECK', 'Check', 'Report', 'add_same', 'verify']
 
 # %% ../nbs/29a_experiment.ipynb #13c1b69f
-from .comparison import FULL_DATA, Comparison, _Shifted, compare
+from .comparison import _Shifted, compare
+from .stored_runs import FULL_DATA, Comparison
 from .data import open_data
 from .files import process_rank, world_size
 from .grid import EXECUTORS, Cell, grid_cells

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from .comparison import Comparison
+from .stored_runs import Comparison
 from .precision import PRECISIONS, autocast
 from .files import InputError, file_hash
 from .models import registered_only

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from diffkd_nb.commands import verify_main
-from diffkd_nb.comparison import Comparison
+from diffkd_nb.stored_runs import Comparison
 from diffkd_nb.files import InputError, file_hash
 from diffkd_nb.models import make_model, registered_only
 from diffkd_nb.recipes import get_recipe
