@@ -54,18 +54,23 @@ class RunLog(Callback):
     def __init__(self, rows=(), train_seconds=()):
         self.rows,self.train_seconds,self.active = list(rows),list(train_seconds),False
         self.waited = 0.        # seconds in which other runs of this process worked
-    def before_train(self): self.sum,self.n_seen,self.active,self.t0 = 0.,0,True,time.perf_counter() - self.waited
+    def before_train(self):
+        self.sum,self.n_seen,self.n_steps,self.active = 0.,0,0,True
+        self.t0 = time.perf_counter() - self.waited
+
     def after_batch(self):
         if not (self.training and self.active): return
         n = len(self.yb[0])
         self.sum = self.sum + self.learn.loss.detach().float()*n
         self.n_seen += n
+        self.n_steps += 1
 
 # %% ../nbs/24_run.ipynb #d4a9c462
 @patch
 def after_train(self:RunLog):
     if torch.device(self.dls.device or 'cpu').type == 'cuda': torch.cuda.synchronize(self.dls.device)
-    self.train_seconds.append(time.perf_counter() - self.waited - self.t0)
+    seconds = time.perf_counter() - self.waited - self.t0
+    self.train_seconds.append(seconds*len(self.dls.train)/max(self.n_steps, 1))     # of a whole epoch, if a part was trained
     if world_size() == 1: return
     from diffkd_nb.distributed import sum_over_processes
     self.sum, self.n_seen = sum_over_processes(self.sum), sum_over_processes(self.n_seen)
