@@ -21,7 +21,7 @@ from .setup import choose_device
 from .statistics import contrasts
 
 # %% auto #0
-__all__ = ['S1', 'SETTINGS', 'QUESTIONS', 'Setting', 'Question', 'get_question', 'cost_text', 'study', 'main']
+__all__ = ['S1', 'SETTINGS', 'QUESTIONS', 'Setting', 'Question', 'get_question', 'cost_text', 'difference_words', 'study', 'main']
 
 # %% ../nbs/32_study.ipynb #8394432a
 @dataclass(frozen=True)
@@ -237,6 +237,25 @@ def variants_table(self:Question,
         rows.append({'variant': name, found.task.metric: x.mean(), 'sd': x.std(), 'n': len(x),
                      'minutes': own.seconds.median()/60})
     return pd.DataFrame(rows).set_index('variant')
+
+# %% ../nbs/32_study.ipynb #ee5bb50e
+def difference_words(
+    answer:pd.DataFrame, # From `Question.answer`
+    pair:str # One of its rows, 'first - second'
+) -> str: # Points, corrected interval, verdict
+    "A planned difference in words"
+    r = answer.loc[pair]
+    interval = '' if pd.isna(r.low) else f' ({r.low:+.2f} to {r.high:+.2f})'
+    return f'{r.difference:+.2f} points{interval}, {r.verdict}'
+
+@patch
+def standing(self:Question,
+    folder:Path # Of the study
+) -> str: # Such as '4 of 5 planned seeds, which is not the answer yet'
+    "How much of the plan is on record"
+    cost = self.cost(folder)
+    seeds = f'{cost.done.min()} of {len(self.seeds)} planned seeds'
+    return f'{seeds}, which is not the answer yet' if cost.left.sum() else seeds
 
 # %% ../nbs/32_study.ipynb #587a03f0
 @patch
