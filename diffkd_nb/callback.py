@@ -7,7 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/callback.html.md"""
 # %% ../nbs/09_callback.ipynb #3272e9d1
 from __future__ import annotations
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -551,7 +551,8 @@ def after_batch(self:DistillCallback):
 @patch
 def after_pred(self:DistillCallback):
     "Stand in for the labels of a batch that has none"
-    if not (self.attached and self.training) or len(self.yb): return
+    if not (self.attached and self.training): return
+    if len(self.yb): return _check_output(self.learn.pred, self.learn.loss_func)
     if self.task_weight:
         raise ValueError("the training batch has no labels, so there is no loss of the task to add to: use "
                          "task_weight=0 to distil without labels. [help: no-labels]")
@@ -559,6 +560,17 @@ def after_pred(self:DistillCallback):
     self.lent_loss = self.learn.loss_func
     self.learn.loss_func = lambda pred, *y: 0*tensors_of([pred])[0].float().sum()
     self.learn.yb = (torch.zeros(n, device=tensors_of(list(self.xb))[0].device),)
+
+def _check_output(pred, loss):
+    "`ValueError` for a dict where fastai's losses read a tensor; a warning for one that fastai cannot predict with"
+    if not isinstance(pred, Mapping): return
+    if any(c.__name__ == 'BaseLoss' for c in type(loss).__mro__):
+        raise ValueError(f"the student gives a dict ({', '.join(map(str, pred))}), and {type(loss).__name__} reads a "
+                         "tensor: use PixelCrossEntropy() for scores of pixels, or a model whose forward gives the "
+                         "scores alone. [help: dict-outputs]")
+    if len(pred) == 1:
+        warn("the student gives a dict of one output, with which fastai's get_preds, predict and show_results end in "
+             "KeyError: 0. Give the Learner Scores(model) to use them. [help: dict-outputs]")
 
 @patch
 def _give_back_loss(self:DistillCallback):

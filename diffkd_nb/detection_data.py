@@ -21,9 +21,9 @@ from fastai.basics import DataLoaders, show_image, subplots
 from fastcore.basics import patch
 from .files import InputError
 from .images import Data, _images, data_spec, named_options
-from .loaders import FileDL, UnreadableImage
+from .loaders import FileDL, UnreadableImage, picture_of
 from .rng import seeded
-from .transforms import UNREADABLE, as_rgb, read_pixels
+from .transforms import UNREADABLE, read_pixels
 
 # %% auto #0
 __all__ = ['Picture', 'picture', 'check_boxes', 'read_coco', 'read_voc', 'BoxTransform', 'make_target', 'BoxDataset', 'BoxDL',
@@ -250,20 +250,7 @@ def __getitem__(self:BoxDataset, i):
 # %% ../nbs/16_detection_data.ipynb #6e8fc610
 class _Given(BoxDataset):
     "Pictures without boxes: paths, pictures of Pillow, arrays or tensors"
-    def read(self, i):
-        x = self.pictures[i]
-        if isinstance(x, (str, Path)):
-            try: return read_pixels(Path(x))
-            except UNREADABLE as e: raise UnreadableImage(f"picture {x} cannot be read: {e}. "
-                                                          "[help: unreadable-file]") from None
-        if isinstance(x, Image.Image): x = np.array(as_rgb(x))
-        x = torch.as_tensor(x)
-        x = x.movedim(-1, 0) if x.dim() == 3 and x.shape[0] not in (1, 3) and x.shape[-1] in (1, 3) else x
-        if x.dim() != 3 or x.shape[0] not in (1, 3):
-            raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}. "
-                             "[help: argument]")
-        return x.expand(3, -1, -1) if x.dtype == torch.uint8 else (255*x).round().clamp(0, 255).to(torch.uint8)
-
+    def read(self, i): return picture_of(self.pictures[i])
     def __getitem__(self, i): return self.read(i), make_target(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.long), i), i
 
 class BoxDL(FileDL):

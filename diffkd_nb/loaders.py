@@ -8,7 +8,10 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/loaders.html.md"""
 from __future__ import annotations
 import math, random
 from collections.abc import Sequence
+from pathlib import Path
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
@@ -16,10 +19,11 @@ from fastai.basics import DataLoader, show_image, subplots
 from fastcore.basics import patch
 from .files import InputError
 from .rng import seeded
-from .transforms import UNREADABLE, Views, apply_views, as_floats, channel_tensors, draw_erasing, erase, read_pixels
+from .transforms import UNREADABLE, Views, apply_views, as_floats, as_rgb, channel_tensors, draw_erasing
+from .transforms import erase, read_pixels
 
 # %% auto #0
-__all__ = ['SeededDL', 'ArrayDataset', 'ArrayDL', 'FileDataset', 'UnreadableImage', 'FileDL']
+__all__ = ['SeededDL', 'ArrayDataset', 'ArrayDL', 'FileDataset', 'UnreadableImage', 'picture_of', 'FileDL']
 
 # %% ../nbs/11a_loaders.ipynb #fb5132e1
 class SeededDL(DataLoader):
@@ -154,6 +158,24 @@ class FileDataset:
 class UnreadableImage(InputError):
     "An image file that cannot be read; one line also where a worker process adds its traceback to the message"
     def __init__(self, text): super().__init__(text.strip().rpartition('UnreadableImage: ')[2])
+
+# %% ../nbs/11a_loaders.ipynb #d984933b
+def picture_of(
+    x # Path of a picture, a picture of Pillow, an array or tensor (H, W, 3) or (3, H, W), 0 to 255 or to 1
+) -> Tensor: # (3, H, W), uint8; `UnreadableImage` or `InputError` for anything else
+    "The pixels of whatever a user calls a picture"
+    if isinstance(x, (str, Path)):
+        try: return read_pixels(Path(x))
+        except UNREADABLE as e: raise UnreadableImage(f"picture {x} cannot be read: {e}. "
+                                                      "[help: unreadable-file]") from None
+    if isinstance(x, Image.Image): x = np.array(as_rgb(x))
+    x = torch.as_tensor(x)
+    x = x.movedim(-1, 0) if x.dim() == 3 and x.shape[0] not in (1, 3) and x.shape[-1] in (1, 3) else x
+    if x.dim() != 3 or x.shape[0] not in (1, 3):
+        raise InputError(f"expected the path of a picture, or a picture (3, H, W), got {tuple(x.shape)}. "
+                         "[help: argument]")
+    if x.dtype != torch.uint8: x = (255*x).round().clamp(0, 255).to(torch.uint8)
+    return x.expand(3, -1, -1)
 
 # %% ../nbs/11a_loaders.ipynb #c2aa0b11
 @patch

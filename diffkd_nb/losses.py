@@ -17,7 +17,7 @@ from torch.nn import functional as F
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
            'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'cosine_loss',
-           'sliced_wasserstein_loss', 'get_distance', 'PixelCrossEntropy']
+           'sliced_wasserstein_loss', 'get_distance', 'PixelCrossEntropy', 'check_sides']
 
 # %% ../nbs/04_losses.ipynb #4fecc47a
 # What the outputs of a model can be, in words
@@ -273,6 +273,16 @@ class PixelCrossEntropy(nn.CrossEntropyLoss):
         return loss + self.aux*sum(self.one(o, target.long()) for o in others) if others else loss
 
 # %% ../nbs/04_losses.ipynb #022386d9
+def check_sides(
+    pred:tuple, # Shape of scores (B, K, h, w) or of classes (B, h, w)
+    target:tuple # Shape of masks (B, H, W)
+): # `ValueError` where one is upright and the other is not
+    "Refuse masks that lie across their pictures"
+    (h, w), (height, width) = tuple(pred)[-2:], tuple(target)[-2:]
+    if (h - w)*(height - width) >= 0: return
+    raise ValueError(f"the model gives a map of {h}x{w} and the masks are {height}x{width} (height x width): "
+                     "one of them has its sides the wrong way round. [help: masks]")
+
 def _maps_of(pred):
     "Class maps that a model gives, its answer first"
     if isinstance(pred, Mapping):
@@ -286,12 +296,24 @@ def one(self:PixelCrossEntropy,
 ) -> Tensor: # As of the call
     "The loss of one class map"
     if pred.shape[2:] != target.shape[1:]:
+        check_sides(pred.shape, target.shape)
         pred = F.interpolate(pred, target.shape[1:], mode='bilinear', align_corners=False)
+    try: return self._mean(pred, target)
+    except IndexError: raise ValueError(_beyond_classes(pred.shape[1], target, self.ignore_index)) from None
+
+@patch
+def _mean(self:PixelCrossEntropy, pred, target):
     how = dict(weight=self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
     if self.reduction == 'none': return F.cross_entropy(pred, target, reduction='none', **how)
     kept = target != self.ignore_index
     n = kept if self.weight is None else self.weight[target.where(kept, 0)]*kept
     return F.cross_entropy(pred, target, reduction='sum', **how)/n.sum().clamp(min=1e-12)
+
+def _beyond_classes(k, target, ignore):
+    wrong = target[(target != ignore) & ((target < 0) | (target >= k))]
+    found = int(wrong[0]) if len(wrong) else '?'
+    return (f"the masks have the class {found}, and the model gives {k} classes, 0 to {k-1}: "
+            "give the value of void as ignore_index, or a model with more classes. [help: masks]")
 
 # %% ../nbs/04_losses.ipynb #0d8e230d
 @patch

@@ -214,8 +214,15 @@ def _resized(records, final):
         fits = _is_map(r) and r.output.dim() == 4 and r.output.shape[:2] == final.shape[:2]
         if not fits or math.prod(r.output.shape[2:]) >= math.prod(size): continue
         small = plain_values(r.output)
-        if any(torch.allclose(F.interpolate(small, size, **how), whole, rtol=1e-3, atol=1e-4) for how in _ENLARGE):
-            return i
+        enlarged = (F.interpolate(small, to, **how)[..., :size[0], :size[1]]
+                    for to in _sizes_before_cut(small.shape[2:], size) for how in _ENLARGE)
+        if any(torch.allclose(x, whole, rtol=1e-3, atol=1e-4) for x in enlarged): return i
+
+def _sizes_before_cut(small, size):
+    "What a map may have been enlarged to: the size of the picture, or that of one padded to a multiple of a stride"
+    by = {-(-whole//part) for whole,part in zip(size, small)}
+    padded = tuple(part*max(by) for part in small)
+    return [size, padded] if len(by) == 1 and padded != size else [size]
 
 def class_map(
     records:Sequence[Record], # From `dry_run`

@@ -12,7 +12,7 @@ from fastai.basics import Metric
 from fastcore.basics import patch
 from torch import Tensor
 from .files import InputError
-from .losses import PixelCrossEntropy
+from .losses import PixelCrossEntropy, check_sides
 from .outputs import ignored_by
 from .rng import same_rng
 from .segmentation_data import VOID, open_segmentation, _LAYOUTS
@@ -32,10 +32,14 @@ def confusion(
     n:int|None=None # Number of classes, K by default
 ) -> Tensor: # (K, K) int64: truth in rows, prediction in columns
     "Count pixels by truth and prediction"
-    if pred.dim() == 4: n, pred = n or pred.shape[1], ToSize()(pred.float(), target.shape[1:]).max(1).indices # argmax is slower
+    n = n or pred.shape[1]
     if n < 2:
         raise InputError(f"IoU is for two classes or more, and the model gives {n}: give background a class of its "
                          "own. [help: masks]")
+    if target.dim() != 3: raise InputError(f"masks must be (B, H, W), one class a pixel, got {tuple(target.shape)}. "
+                                           "[help: masks]")
+    check_sides(pred.shape, target.shape)
+    if pred.dim() == 4: pred = ToSize()(pred.float(), target.shape[1:]).max(1).indices      # argmax is slower
     counted = target != (-100 if ignore is None else ignore)
     beyond = target[counted & ((target >= n) | (target < 0))]
     if len(beyond):
@@ -59,7 +63,7 @@ class MeanIoU(Metric):
         ignore_index:int|None=None, # Value of void; that of the Learner's loss by default
         name:str='miou' # Of the column
     ):
-        self.ignore_index,self.own_name = ignore_index,name
+        self.ignore_index,self.own_name,self.void = ignore_index,name,None
         self.reset()
 
     def reset(self): self.counts = None
@@ -68,8 +72,8 @@ class MeanIoU(Metric):
 
     def accumulate(self, learn):
         n = learn.dl.real(len(learn.yb[0])) if hasattr(learn.dl, 'real') else None     # without what fills up a share
-        ignore = ignored_by(learn.loss_func) if self.ignore_index is None else self.ignore_index
-        found = confusion(main_tensor(learn.pred)[:n].detach(), learn.yb[0][:n], ignore)
+        self.void = ignored_by(learn.loss_func) if self.ignore_index is None else self.ignore_index
+        found = confusion(main_tensor(learn.pred)[:n].detach(), learn.yb[0][:n], self.void)
         self.counts = found if self.counts is None else self.counts + found
 
 # %% ../nbs/15b_segmentation.ipynb #c35e7b42
@@ -79,7 +83,9 @@ def ious(self:MeanIoU) -> Tensor|None: # (K,), NaN for a class that is nowhere; 
     if self.counts is None: return None
     counts = self.counts.clone()
     if dist.is_initialized() and dist.get_world_size() > 1: dist.all_reduce(counts)
-    return iou(counts)
+    each = iou(counts)
+    if self.void is not None and 0 <= self.void < len(each): each[self.void] = math.nan     # void is no class
+    return each
 
 @patch(as_prop=True)
 def value(self:MeanIoU): return None if self.counts is None else float(self.ious().nanmean())
@@ -124,7 +130,7 @@ def teacher(self:Segmentation, spec, data, weights=None):
     if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
     with same_rng(): model = self.model(name, data)
     bare = isinstance(model, Scores) and not any(k.startswith('model.') for k in read_weights(f))
-    load_weights(model.model if bare else model, f)
+    load_weights(model.model if bare else model, f, beside=('aux_classifier.',) if bare else ())
     return model
 
 # %% ../nbs/15b_segmentation.ipynb #ca1b6151

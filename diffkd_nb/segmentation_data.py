@@ -10,17 +10,19 @@ import hashlib, json, math, re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from warnings import warn
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from fastai.basics import DataLoaders, show_image, subplots
 from fastcore.basics import patch
 from .files import InputError
 from .images import Data, _images, data_spec, named_options
-from .loaders import FileDL, UnreadableImage
+from .loaders import FileDL, UnreadableImage, picture_of
 from .rng import seeded
 from .transforms import STATS, UNREADABLE, channel_tensors, read_pixels
 
@@ -155,12 +157,32 @@ class MaskDataset:
         pair = self.read(i)
         with seeded(self.epoch_seed + 1_000_003*i): return self.transform(*pair)
 
+# %% ../nbs/15_segmentation_data.ipynb #dea04bae
+class _Pictures(MaskDataset):
+    "Pictures without masks: paths, PIL images or arrays"
+    def __init__(self, items, like):
+        super().__init__([(x, None) for x in items], like.table, JointTransform(like.transform.size), like.classes)
+
+    def __getitem__(self, i):
+        x = picture_of(self.pairs[i][0])
+        return self.transform(x, torch.zeros(x.shape[1:], dtype=torch.uint8))[:1]
+
 # %% ../nbs/15_segmentation_data.ipynb #e70473de
 class MaskDL(FileDL):
-    "Batches of pictures, normalised, and of masks (B, H, W), int64"
-    labels = None # A sample has no single one
+    "Batches of pictures, normalised, and of masks (B, H, W), int64; `test_dl` gives pictures alone"
+    labels, n_inp = None, 1 # A sample has no single label
+    def new(self, dataset=None, cls=None, **kwargs):
+        if isinstance(dataset, (list, tuple)):
+            dataset = _Pictures(dataset, self.dataset)
+            if dataset.transform.size is None: kwargs = {**kwargs, 'bs': 1}      # they may be of any size
+        return super().new(dataset, cls, **kwargs)
+
+    def create_batch(self, b): return super().create_batch(b) if len(b[0]) > 1 else (default_collate([x for x, in b]),)
+
     def after_batch(self, b):
-        x, m = super().after_batch(b)
+        x, *m = b
+        if not m: return super().after_batch((x, None))[:1]
+        x, m = super().after_batch((x, *m))
         return x, m.long()
 
 # %% ../nbs/15_segmentation_data.ipynb #b8b335f4
@@ -187,6 +209,30 @@ def show_batch(self:MaskDL,
     for i in range(n):
         show_image((x[i].cpu()*std + mean).clamp(0, 1), ctx=axs[0, i], **kwargs)
         show_image(paint(m[i], len(self.dataset.classes)), ctx=axs[1, i])
+
+# %% ../nbs/15_segmentation_data.ipynb #6d8ff2a5
+@patch
+def decode_batch(self:MaskDL,
+    b, # Pictures, perhaps masks or classes (B, H, W)
+    max_n:int=9 # Pictures at most
+) -> list: # A tuple for each picture
+    "A batch picture by picture"
+    return list(zip(*(part[:max_n] for part in b)))
+
+@patch
+def show_results(self:MaskDL,
+    b, # A batch
+    out, # Classes (B, H, W)
+    max_n:int=4, # Pictures at most
+    **kwargs # For fastai's `show_image`
+):
+    "Pictures, their masks, and the classes that were found"
+    x, m = b
+    n, (mean, std) = min(max_n, len(x)), channel_tensors(self.stats, torch.device('cpu'), torch.float32)
+    _, axs = subplots(3, n, figsize=(2.4*n, 6))
+    for i in range(n):
+        show_image((x[i].cpu()*std + mean).clamp(0, 1), ctx=axs[0, i], **kwargs)
+        for ax,classes in zip(axs[1:, i], (m[i], out[i])): show_image(paint(classes, len(self.dataset.classes)), ctx=ax)
 
 # %% ../nbs/15_segmentation_data.ipynb #c3d9da91
 @dataclass(frozen=True)
@@ -221,8 +267,10 @@ def _shape(f):
 @patch
 def _check(self:SegmentationData):
     "Refuse what does not belong together"
-    if not 2 <= len(self.classes) < 254 or len(set(self.classes)) < len(self.classes):
-        raise InputError(f"{self.name} has {len(self.classes)} classes, expected 2 to 253 different names. "
+    twice = next((c for c in self.classes if self.classes.count(c) > 1), None)
+    if not 2 <= len(self.classes) < 254 or twice is not None:
+        also = '' if twice is None else f', and {twice!r} is there more than once'
+        raise InputError(f"{self.name} has {len(self.classes)} classes, expected 2 to 253 different names{also}. "
                          "[help: masks]")
     found = []
     for pairs,what in zip(self.pairs, ('training', 'validation')):
@@ -283,27 +331,54 @@ def hash(self:SegmentationData,
 _MASKS, _FILES = ('masks', 'labels', 'annotations', 'trainannot'), ('valid.txt', 'val.txt')
 _VALID, _UNNAMED = ('val', 'valid', 'validation', 'test'), ('void', 'unlabelled', 'unlabeled', 'ignore')
 
+def _place(f, root): return f.relative_to(root).with_suffix('').as_posix()
+
+def _by_place(files, root, wanted=None):
+    "Files by folder and name; `InputError` for two of one name, among those that are `wanted`"
+    found = {}
+    for f in files:
+        k = _place(f, root)
+        if k in found and (wanted is None or k in wanted):
+            raise InputError(f"{found[k]} and {f.name} have one name: keep one of them. [help: masks]")
+        found[k] = f
+    return found
+
 def _matched(images, masks, suffix='', end=''):
-    "(picture, mask) by name; `InputError` that names the first picture without a mask"
-    by_name = {f.stem: f for f in _images(masks)}
-    pictures = sorted(f for f in _images(images) if f.stem.endswith(end))
-    name = lambda f: f.stem.removesuffix(end) + suffix
-    lacks = [f for f in pictures if name(f) not in by_name]
+    "(picture, mask) by folder and name; `InputError` that names the first picture without a mask"
+    pictures = _by_place(sorted(f for f in _images(images) if f.stem.endswith(end)), images)
+    if not pictures: raise InputError(f"{images} has no pictures{f' whose names end in {end}' if end else ''}. "
+                                      "[help: too-little-data]")
+    wanted = {k: k.removesuffix(end) + suffix for k in pictures}
+    there = _by_place(_images(masks), masks, {*wanted.values()})
+    if not {*wanted.values()} <= {*there}: wanted, there = _without_folders(wanted, there)
+    lacks = [k for k in pictures if wanted[k] not in there]
     if lacks:
-        raise InputError(f"picture {lacks[0]} has no mask: expected {masks}/{name(lacks[0])}.png"
+        raise InputError(f"picture {pictures[lacks[0]]} has no mask: expected {masks}/{wanted[lacks[0]]}.png"
                          f"{f' (and {len(lacks) - 1} more)' if len(lacks) > 1 else ''}. [help: masks]")
-    return [(f, by_name[name(f)]) for f in pictures]
+    return [(f, there[wanted[k]]) for k,f in pictures.items()]
+
+def _without_folders(wanted, there):
+    "Both by their bare names, where these are enough: masks may lie in other folders than pictures"
+    names, bare = {k: Path(w).name for k,w in wanted.items()}, {Path(k).name: f for k,f in there.items()}
+    clear = len({*names.values()}) == len(names) and len(bare) == len(there) and {*names.values()} <= {*bare}
+    return (names, bare) if clear else (wanted, there)
 
 # %% ../nbs/15_segmentation_data.ipynb #582b932b
-def _listed(pairs, f):
+def _listed(pairs, f, images):
     "Pairs that are not in a file of names, and those that are, in its order"
-    try: names = [Path(l.split()[0]).stem for l in f.read_text().splitlines() if l.split()]
+    try: names = [l.split()[0] for l in f.read_text().splitlines() if l.split()]
     except (OSError, UnicodeDecodeError) as e: raise InputError(f"{f} cannot be read as a list of names: {e}. "
                                                                 "[help: unreadable-file]") from None
-    known = {p[0].stem: p for p in pairs}
-    if lacks := [n for n in names if n not in known]:
-        raise InputError(f"{f} names {lacks[0]!r}, and there is no such picture. [help: data-folder]")
-    return [p for p in pairs if p[0].stem not in set(names)], [known[n] for n in names]
+    placed, bare = {_place(p[0], images): p for p in pairs}, {}
+    for p in pairs: bare.setdefault(p[0].stem, []).append(p)
+    def named(n):
+        short = Path(n).with_suffix('').as_posix()
+        found = [placed[short]] if short in placed else bare.get(Path(n).stem, [])
+        if len(found) == 1: return found[0]
+        what = f'{len(found)} pictures have this name: write it with its folder'
+        raise InputError(f"{f} names {n!r}, and {what if found else 'there is no such picture'}. [help: data-folder]")
+    valid = [named(n) for n in names]
+    return [p for p in pairs if p not in {*valid}], valid
 
 def _in_folders(images, masks, suffix, valid):
     "Pairs of both splits from `images/train`, `images/val` and the like"
@@ -321,7 +396,7 @@ def _divided(folder, images, masks, suffix='', valid=''):
     if (images/'train').is_dir(): return _in_folders(images, masks, suffix, valid)
     pairs = _matched(images, masks, suffix)
     f = folder/valid if valid else next((folder/n for n in _FILES if (folder/n).is_file()), None)
-    if f is not None: return _listed(pairs, f)
+    if f is not None: return _listed(pairs, f, images)
     return [p for i,p in enumerate(pairs) if i % 5 != 4], pairs[4::5]
 
 # %% ../nbs/15_segmentation_data.ipynb #5b881763
@@ -398,6 +473,17 @@ def _said(spec, kind, query):
                          "[help: data-options]")
     return asked
 
+# %% ../nbs/15_segmentation_data.ipynb #06fffeb5
+def _ask_white(data, n=8):
+    "Warn where masks of two classes are black and white: 255 is void, and not the second class"
+    if len(data.classes) != 2 or data.values not in (None, (0, 1)): return
+    seen = set()
+    for _,m in data.pairs[0][:n]:
+        with Image.open(m) as im: seen |= {*np.unique(np.array(im)).tolist()}
+    if seen == {0, 255}:
+        warn(f"the masks of {data.name} begin with the values 0 and 255 alone, and 255 is void: where white is "
+             f"{data.classes[1]!r}, write it as 1. [help: masks]")
+
 # %% ../nbs/15_segmentation_data.ipynb #f8954ad2
 def open_segmentation(
     spec:str # `'camvid:FOLDER?size=180x240'`, `'cityscapes:FOLDER'`, `'segmentation:FOLDER?valid=FILE&void=NAME'`
@@ -417,8 +503,10 @@ def open_segmentation(
     if limit: train = [train[i] for i in sorted({*np.linspace(0, len(train) - 1, limit).round().astype(int).tolist()})]
     said = [f'{n} held out' if n else asked.get('valid', ''), asked.get('size', '')]
     name = ', '.join([kind if kind != 'segmentation' else folder.name, *filter(None, said)])
-    return SegmentationData(folder, (train, valid), what[0], f'{name} ({len(train):,} for training)',
-                            data_spec(kind, path, **asked), *what[1:], sides(asked['size']) if 'size' in asked else None)
+    found = SegmentationData(folder, (train, valid), what[0], f'{name} ({len(train):,} for training)',
+                             data_spec(kind, path, **asked), *what[1:], sides(asked.get('size', '')))
+    _ask_white(found)
+    return found
 
 # %% ../nbs/15_segmentation_data.ipynb #c838b505
 def draw_shapes(

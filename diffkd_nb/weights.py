@@ -137,11 +137,13 @@ def _refuse_misfits(path, model, sd):
 # %% ../nbs/12a_weights.ipynb #f2c0f659
 def load_weights(
     model:nn.Module, # Model of the same shape
-    path:Path # See `read_weights`; half precision is converted
+    path:Path, # See `read_weights`; half precision is converted
+    beside:tuple=() # What names in the file may begin with that the model lacks, such as `('aux_classifier.',)`
 ) -> nn.Module: # The same model
     "Load weights; `InputError` for a missing or damaged file and for names or shapes that do not fit"
     own = model.state_dict()
     sd = _of_model(read_weights(path), own, path)
+    sd = {k: v for k,v in sd.items() if k in own or not k.startswith(tuple(beside))}
     _refuse_misfits(path, model, sd)
     model.load_state_dict({k: sd[k].to(v.dtype) if k in sd else v for k,v in own.items()})
     return model

@@ -1,7 +1,7 @@
 """Segmentation from files to a verified comparison: trained, killed and resumed, distilled, by the commands; and what is refused."""
 import json
 from functools import partial
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch, torchvision
 from PIL import Image
 from torch.nn import functional as F
 from fastai.vision.all import CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, Learner, MaskBlock, load_learner, resnet18, unet_learner
@@ -18,10 +18,12 @@ from diffkd_nb.rng import seeded
 from diffkd_nb.run import evaluate, run
 from diffkd_nb.segmentation import MeanIoU, Segmentation, confusion, iou
 from diffkd_nb.segmentation_data import VOID, open_segmentation, write_shapes
-from diffkd_nb.segmentation_models import segmentation_model
+from diffkd_nb.records import class_map, dry_run
+from diffkd_nb.segmentation_models import Scores, segmentation_model
 from diffkd_nb.tables import TABLES, beside_paper, run_table, table_cost
 from diffkd_nb.tasks import open_data, task_of
 from diffkd_nb.verify import verify
+from diffkd_nb.weights import save_weights
 
 RECIPE = get_recipe('camvid').replace(epochs=3, batch_size=6, augmentation=('scale:0.5-2', 'crop', 'flip'))
 TEACHER, STUDENT, KD = 'pyramid:small:4?width=12', 'pyramid:small:2?width=8', 'kd'
@@ -153,6 +155,36 @@ def test_models_of_smp(name):
     m.get_submodule('model.segmentation_head.0').register_forward_hook(lambda mod, i, o: seen.append(tuple(o.shape)))
     with torch.no_grad(): assert m(torch.randn(1, 3, 50, 72)).shape == (1, 5, 50, 72)
     assert seen == [(1, 5, 7, 9)]       # an eighth, rounded up
+    for sides in ((50, 72), (45, 61)): assert class_map(dry_run(m, torch.randn(2, 3, *sides))) == 'model'       # what `Scores` enlarges
+
+
+def test_what_torchvision_gives_can_be_taken(data, tmp_path, monkeypatch):
+    "Dicts of one map: said in words, and read through `Scores`; a file with an auxiliary head"
+    import matplotlib; matplotlib.use('Agg')
+    opened, name = open_segmentation(data), 'deeplabv3_mobilenet_v3_large'
+    bare = lambda **kw: torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3, **kw)
+    with seeded(0): big, model = bare(aux_loss=True), bare()
+    save_weights(big, tmp_path/'aux.safetensors')
+    teacher = Segmentation().teacher(f"torchvision:{name}@{tmp_path/'aux.safetensors'}", opened)
+    assert not any('aux' in k for k in teacher.state_dict())
+    x = torch.randn(1, 3, 24, 32); big.eval(); assert torch.allclose(teacher.eval()(x), big(x)['out'], atol=1e-5)
+    learn = lambda model, loss: Learner(opened.dls(6), model, loss_func=loss, metrics=[MeanIoU()], cbs=DiffKDCallback(teacher, verbose=False))
+    def fit(l):
+        with l.no_bar(), l.no_logging(): l.fit(1, 1e-3)
+        return l
+    with pytest.raises(ValueError, match='gives a dict .out.*use PixelCrossEntropy'): fit(learn(model, CrossEntropyLossFlat(axis=1, ignore_index=VOID)))
+    with pytest.warns(UserWarning, match='Give the Learner Scores'): fit(learn(model, PixelCrossEntropy()))
+    l = fit(learn(Scores(model), PixelCrossEntropy()))
+    with l.no_bar():
+        assert l.get_preds()[0].shape == (opened.n_valid, 3, 24, 32)
+        l.show_results(max_n=2); assert l.predict(opened.pairs[0][0][0])[0].shape == (24, 32)
+    l.export(tmp_path/'m.pkl'); assert torch.equal(load_learner(tmp_path/'m.pkl').model.eval()(x), l.model.eval()(x))
+
+
+def test_masks_that_lie_across_are_refused():
+    learn = Learner(DataLoaders.from_dsets(d := list(zip(torch.randn(4, 3, 24, 40), torch.zeros(4, 40, 24, dtype=torch.long))), d, bs=2, device='cpu', num_workers=0),
+                    segmentation_model(STUDENT, 3), loss_func=CrossEntropyLossFlat(axis=1), metrics=[MeanIoU()])
+    with pytest.raises(ValueError, match='24x40 and the masks are 40x24'), learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 
 def test_table_6_is_planned_without_data(tmp_path):
