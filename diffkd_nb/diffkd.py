@@ -25,7 +25,7 @@ from .denoisers import make_denoiser
 from .controls import clean_loss, ddim_denoise_from, gamma_to_time, log_snr_schedule, mix_vp, noise_from_clean
 from .controls import own_norms, student_guess
 from .losses import SCORES, Scores, get_distance
-from .distiller import Distiller, check_labels, check_paced, edge_weights, weigh_samples
+from .distiller import Distiller, check_labels, check_paced, edge_weights, to_float32, weigh_samples
 
 # %% auto #0
 __all__ = ['MOST_SCORES', 'common_size', 'align_maps', 'DiffKDOutput', 'DiffKD', 'trajectory', 'Levels', 'DiffKDDistiller']
@@ -453,10 +453,12 @@ def forward(self:DiffKDDistiller,
 ) -> dict: # `kd`, `diffusion`, `reconstruction`: weighted float32 scalars, summed over taps
     "The losses of one batch"
     if self.paced: student = self._paced(student, target)
-    pairs = [(student[n], teacher[n]) for n in self.names]
+    pairs = [(_in_reach(student[n]), _in_reach(teacher[n])) for n in self.names]
     outs = [tap(s, t, *tap.draw(s, t, draws)) for tap,(s,t) in zip(self.taps, pairs)]
     self.stats = {'gamma': torch.stack([o.gamma.detach().mean() for o in outs]).mean()}
     return {k: sum(lam*w*getattr(o, k+'_loss') for w,o in zip(self.weights, outs)) for k,lam in self.lambdas.items()}
+
+def _in_reach(x): return x if torch.is_autocast_enabled(x.device.type) else to_float32(x)     # weights are float32
 
 @patch
 def _paced(self:DiffKDDistiller, student, target):

@@ -169,6 +169,7 @@ def _class_maps(records):
     if final is not None and final.dim() == 3: return _scores_of_words(records, final)
     if final is None or final.dim() != 2: return found
     for i,r in enumerate(records):
+        if _is_map(r) and r.output.dim() == 3 and _holds(r.output, final): found.add(i)
         if not _is_map(r) or r.output.dim() != 4 or r.output.shape[:2] != final.shape: continue
         if torch.allclose(plain_values(r.output).mean((2, 3)), plain_values(final), rtol=1e-3, atol=1e-5):
             same = lambda k: isinstance(records[k].output, Tensor) and records[k].output.shape == r.output.shape
@@ -179,8 +180,16 @@ def _class_maps(records):
 def _scores_of_words(records, final):
     "Indices of the last modules that give (B, N, K) as the output is; none where the states before have that width too"
     maps = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3]
-    n = next((k for k,i in enumerate(maps[::-1]) if records[i].output.shape != final.shape), None)
-    return set(maps[len(maps)-n:]) if n is not None else set()
+    as_final = lambda i: records[i].output.shape == final.shape
+    n = next((k for k,i in enumerate(maps[::-1]) if not as_final(i)), None)
+    if n is None or any(map(as_final, maps[:len(maps)-n])): return set()        # an encoder: all its states are so wide
+    return set(maps[len(maps)-n:])
+
+def _holds(x, final):
+    "Whether a map (B, N, K) has the output (B, K) at one of its positions: scores of words, of which the last one counts"
+    if x.shape[0] != len(final) or x.shape[2] != final.shape[1]: return False
+    near = torch.isclose(plain_values(x), plain_values(final)[:, None], rtol=1e-3, atol=1e-5)
+    return bool(near.all(2).any(1).all())
 
 def _final_maps(records, final):
     "Indices of the last maps, as long as they have the channels of the output; none where all have them"
@@ -275,9 +284,10 @@ def last_words(
         raise ValueError("tap 'words' needs to know where words are: inputs with an attention_mask of (B, N), an "
                          "nn.Embedding with padding_idx, or a model with a method word_mask. Name two modules, "
                          "or use 'feature'. [help: shape]")
-    fits = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3 and r.output.shape[:2] == mask.shape]
+    scores = _class_maps(records)
+    parts = [i for i,r in enumerate(records) if i not in scores and _is_map(r) and r.output.dim() == 3]
+    fits = [i for i in parts if records[i].output.shape[:2] == mask.shape]
     if fits: return _whole_sentences(records, fits[-1]) or _numbered(records)[fits[-1]]
-    parts = [i for i,r in enumerate(records) if _is_map(r) and r.output.dim() == 3]
     whole = _whole_sentences(records, parts[-1]) if parts else None
     if whole: return whole
     raise ValueError(f"tap 'words': no module gives states (B, N, C) of the {mask.shape[1]} words: name two modules, "

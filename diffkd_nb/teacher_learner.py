@@ -7,6 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/teacher_learner.html.md"""
 # %% ../nbs/08b_teacher_learner.ipynb #f5d38e8d
 from __future__ import annotations
 import torch
+from fastcore.foundation import L
 from .files import InputError
 
 # %% auto #0
@@ -22,6 +23,20 @@ def _class_names(learn):
     nested = found and not isinstance(found[-1], str) and hasattr(found[-1], '__iter__')
     if nested: found = list(found[-1])      # a text's words come first
     return list(map(str, found)) or None
+
+def _words(learn):
+    "The words of fastai's numbers, None for inputs that are none"
+    found = getattr(learn.dls, 'vocab', None)
+    text = isinstance(found, (list, tuple, L)) and len(found) > 1 and not isinstance(found[0], str) and hasattr(found[0], '__iter__')
+    return list(map(str, found[0])) if text else None
+
+def _check_words(theirs, own):
+    if theirs == own or not theirs or not own: return
+    i = next((i for i,(a,b) in enumerate(zip(theirs, own)) if a != b), min(len(theirs), len(own)))
+    word = lambda names: repr(names[i]) if i < len(names) else 'none'
+    raise InputError(f"the teacher numbers words otherwise ({len(theirs):,} words, the student {len(own):,}; number {i} is "
+                     f"{word(theirs)} there and {word(own)} here): make both DataLoaders with one vocabulary, as in "
+                     "TextDataLoaders.from_df(..., text_vocab=teacher.dls.vocab[0]). [help: other-input]")
 
 def _check_classes(theirs, own):
     few = lambda names: ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
@@ -64,4 +79,6 @@ def compare_teacher(
     "`InputError` where two Learners say that their classes or their inputs differ"
     if not len(getattr(getattr(teacher, 'dls', None), 'loaders', ())): return       # an exported Learner
     if classes: _check_classes(_class_names(teacher), _class_names(learn))
-    if not transformed: _check_normalisation(_normalisation(teacher), _normalisation(learn))
+    if transformed: return
+    _check_normalisation(_normalisation(teacher), _normalisation(learn))
+    _check_words(_words(teacher), _words(learn))

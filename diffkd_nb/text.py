@@ -24,7 +24,7 @@ from .loaders import ArrayDataset, ArrayDL
 from .models import check_trusted
 from .rng import same_rng
 from .task import Classification, Task
-from .weights import load_weights
+from .weights import load_weights, read_weights
 
 # %% auto #0
 __all__ = ['TEXT_MODELS', 'Words', 'TextDL', 'TextData', 'open_text', 'SentenceState', 'TextNet', 'GRU', 'Convolutions',
@@ -54,7 +54,10 @@ def rows(self:Words,
     texts # Sentences
 ) -> Tensor: # (N, L) int64, padded with 0
     "Sentences as rows of word numbers"
-    found = [torch.tensor([self.number[w] for w in t.split()]) for t in texts]
+    if new := next((w for t in texts for w in t.split() if w not in self.number), None):
+        raise InputError(f"the word {new!r} is in no sentence of this data: open the data with the sentences that are "
+                         "asked about. [help: data-options]")
+    found = [torch.tensor([self.number[w] for w in t.split()], dtype=torch.long) for t in texts]
     return nn.utils.rnn.pad_sequence(found, batch_first=True) if found else torch.zeros(0, 1, dtype=torch.long)
 
 @patch
@@ -133,10 +136,13 @@ def hash(self:TextData) -> str: # `'text:'` and 64 hexadecimal digits
 def _table(path, sep='\t'):
     "A table of texts; `InputError` for a file that is none"
     quoting = csv.QUOTE_NONE if sep == '\t' else csv.QUOTE_MINIMAL
-    try: return pd.read_csv(path, sep=sep, quoting=quoting, keep_default_na=False, dtype=str)
+    try: found = pd.read_csv(path, sep=sep, quoting=quoting, keep_default_na=False, dtype=str)
     except FileNotFoundError: raise InputError(f"{path} is missing. [help: data-folder]") from None
     except (ValueError, OSError) as e: raise InputError(f"{path} cannot be read as a table: {e} "
                                                         "[help: unreadable-file]") from None
+    if isinstance(found.index, pd.RangeIndex): return found
+    raise InputError(f"{path} has more fields in its rows than names of columns: put texts with a comma in quotes. "
+                     "[help: unreadable-file]")
 
 def _columns(path, table, *names):
     "Columns of a table"
@@ -177,6 +183,9 @@ def _sst2(folder, valid):
 def _own_table(path, text, label):
     "Labels and texts of one's own table, every fifth row of a class for validation"
     labels, texts = _columns(path, _table(path, '\t' if path.suffix == '.tsv' else ','), label, text)
+    labels = [l.strip() for l in labels]
+    if '' in labels: raise InputError(f"{path} has no label in row {labels.index('') + 1}: every row needs one. "
+                                      "[help: unreadable-file]")
     seen, place = Counter(), []
     for l in labels: place.append(seen[l] % 5 == 4); seen[l] += 1
     pick = lambda valid: [[v for v,p in zip(vs, place) if p == valid] for vs in (labels, texts)]
@@ -197,6 +206,8 @@ def _text_data(found, name, spec):
     kept = [i for i,t in enumerate(x) if t not in there]
     twice = f', {len(x) - len(kept)} that stand in both left out' if len(kept) < len(x) else ''
     classes = sorted(set(y))
+    if not len(xv): raise InputError(f"{name} has no sentences for validation, every fifth of a class: give five or more "
+                                     "of each. [help: too-little-data]")
     if len(classes) < 2: raise InputError(f"{name} has sentences of {len(classes)} class: at least two are needed. "
                                           "[help: too-little-data]")
     if new := sorted(set(yv) - set(classes)):
@@ -221,8 +232,12 @@ def open_text(
         raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}. [help: data-options]")
     if split not in ('dev', 'test'): raise InputError(f"{spec}: split must be dev or test, got {split!r}. "
                                                       "[help: data-options]")
+    if n and 'split' in asked: raise InputError(f"{spec}: holdout takes the place of the validation sentences, and split "
+                                                "names them: leave one out. [help: data-options]")
     if kind == 'csv': found = _own_table(Path(path), asked.get('text', 'text'), asked.get('label', 'label'))
     else: found = _trec(Path(path)) if kind == 'trec' else _sst2(Path(path), split)
+    if n and int(n) >= len(found[0][0]): raise InputError(f"{spec}: {len(found[0][0])} training sentences are too few to "
+                                                          f"hold out {n}. [help: too-little-data]")
     if n: found = _held_out(found, int(n))
     held = f', {n} held out' if n else f', {split}' if kind == 'sst2' else ''
     return _text_data(found, f'{kind}{held}', data_spec(kind, path, **asked))
@@ -312,12 +327,15 @@ class Transformer(nn.Module):
             raise InputError("models named hf:... need transformers: pip install 'diffkd_nb[text]'. "
                              "[help: optional-extra]") from None
         try:
-            with _quiet(): self.encoder = AutoModel.from_pretrained(name)
+            with _quiet(): self.encoder = AutoModel.from_pretrained(name).float()     # some are kept in half precision
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             why = str(e).splitlines()[0]
             raise InputError(f"hf:{name} is no folder of transformers and no name that can be had: {why} "
                              "[help: model-name]") from None
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise InputError(f"hf:{name} has no words in its tokenizer: are its files (tokenizer.json or vocab.txt) "
+                             "beside the weights? [help: model-name]")
         self.words, self.known, self.state = words, {}, SentenceState('mean')
         self.head = nn.Linear(self.encoder.config.hidden_size, n_classes)
 
@@ -331,7 +349,8 @@ def pieces(self:Transformer,
     "What the encoder reads"
     keys = [tuple(r[r != 0].tolist()) for r in rows.cpu()]
     for k in {k for k in keys if k not in self.known}:
-        self.known[k] = torch.tensor(self.tokenizer(self.words.text(torch.tensor(k)), truncation=True)['input_ids'])
+        read = self.tokenizer(self.words.text(torch.tensor(k)), truncation=True)['input_ids']
+        self.known[k] = torch.tensor(read or [self.tokenizer.unk_token_id or 0])        # an empty sentence is one unknown word
     found = [self.known[k] for k in keys]
     pad = lambda ts, v: nn.utils.rnn.pad_sequence(ts, batch_first=True, padding_value=v).to(rows.device)
     return pad(found, self.tokenizer.pad_token_id or 0), pad([torch.ones_like(f) for f in found], 0).bool()
@@ -373,4 +392,13 @@ class TextClassification(Classification):
     def teacher(self, spec, data, weights=None):
         name, _, file = spec.partition('@')
         if not file: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
-        with same_rng(): return load_weights(text_model(name, data), file)
+        with same_rng(): model = text_model(name, data)
+        if isinstance(model, TextNet): _check_words(model, file)
+        return load_weights(model, file)
+
+def _check_words(model, file):
+    "`InputError` where a word has another number than in the sentences that a file was trained on"
+    theirs = read_weights(file).get('entry')
+    if theirs is None or theirs.equal(model.entry): return
+    raise InputError(f"{file} was trained on other sentences: its words have other numbers ({len(theirs):,} words there, "
+                     f"{len(model.entry):,} here). Train the teacher on this data, with the same split. [help: weights]")

@@ -119,6 +119,52 @@ def test_the_command_trains_on_a_table(data, tmp_path):
     assert evaluate(load_weights(text_model('bigru:4', open_data(data)), tmp_path/'o'/'student.safetensors'), data)[0] > .3
 
 
+def test_a_teacher_of_other_sentences_is_refused(data, teacher, tmp_path):
+    "Some sentences more: the same words, which are numbered in another order"
+    f = tmp_path/'more.csv'
+    more = pd.DataFrame([(' '.join(['blue']*i + [a, b]), a) for i in range(4, 20) for a, b in (('cat', 'dog'), ('dog', 'cat'))], columns=['text', 'label'])
+    pd.concat([pd.read_csv(data.partition(':')[2]), more]).to_csv(f, index=False)
+    with pytest.raises(InputError, match='trained on other sentences'): run(RECIPE, f'csv:{f}', teacher, 'textcnn:4', 'kd', 0, tmp_path/'out', progress=False)
+    assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision(data, bert, dtype, tmp_path):
+    import shutil
+    from transformers import BertModel
+    shutil.copytree(bert, half := tmp_path/'half'); BertModel.from_pretrained(half).to(dtype).save_pretrained(half)
+    opened = open_data(data); m = text_model(f'hf:{half}', opened)
+    assert {p.dtype for p in m.parameters()} == {torch.float32} and m(opened.rows[:3]).shape == (3, 2)
+    for f in half.glob('*token*'): f.unlink()
+    with pytest.raises(InputError, match='no words in its tokenizer|no folder of transformers'): text_model(f'hf:{half}', opened)
+
+
+def test_states_of_classifiers_and_encoders_of_hugging_face():
+    "A decoder scores each word and counts the last; an encoder gives states alone: what is compared is states"
+    import transformers as hf
+    class Of(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return self.net(**x)
+    gpt = lambda w: Of(hf.GPT2ForSequenceClassification(hf.GPT2Config(vocab_size=20, n_embd=w, n_layer=1, n_head=2, n_positions=16, num_labels=3, pad_token_id=0)))
+    enc = lambda w: Of(hf.BertModel(hf.BertConfig(vocab_size=20, hidden_size=w, num_hidden_layers=1, num_attention_heads=2, intermediate_size=2*w)))
+    x = dict(input_ids=torch.randint(1, 20, (4, 7)), attention_mask=torch.ones(4, 7, dtype=torch.long))
+    for make, name, asked in ((gpt, 'net.transformer.ln_f', ('feature', 'words', 'stages')), (enc, 'net.encoder.layer.0', ('feature', 'words'))):
+        for tap in asked:
+            t, = plan_taps(make(8), make(16), x, taps=[tap], output='classes')
+            assert (t.student.name, t.student.shape[0], t.teacher.shape[0]) == (name, 8, 16)
+
+
+@pytest.mark.parametrize('method', ['diffkd', 'kd', 'fitnet', 'fmkt'])
+def test_a_student_in_bfloat16(method):
+    "As `from_pretrained` may give it: the distillation computes in float32"
+    make = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4))
+    student, teacher, x = make(8).bfloat16(), make(16), torch.randn(4, 3, 8, 8).bfloat16()
+    kd = Distillation(student, teacher.bfloat16(), method, (x,), output='classes')
+    with kd: student(x); step = kd((x,), torch.arange(4))
+    step.total.backward()
+    assert step.total.dtype == torch.float32 and torch.isfinite(step.total) and student[0].weight.grad.dtype == torch.bfloat16
+
+
 def test_bad_names_are_one_error(data, teacher, tmp_path):
     for student,says in (('bigru:x', 'bigru:N'), ('resnet20', 'no model of sentences'), (f'hf:{tmp_path}/nothing', 'no folder of transformers')):
         with pytest.raises(InputError, match=says): run(RECIPE, data, None, student, 'alone', 0, tmp_path/'o', progress=False)
