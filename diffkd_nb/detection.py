@@ -235,7 +235,7 @@ class Detection(Task):
     "Boxes with classes"
     name,metric,scale,unit,output,figure = 'detection','map',100.,'percent',None,'AP'
     kinds = tuple(_LAYOUTS)
-    also = {k: k for k in _FIGURES if k != 'map'}
+    also, mixes = {k: k for k in _FIGURES if k != 'map'}, False
     def open(self, spec, download=False): return open_detection(spec)
     def metrics(self, data): return detection_metrics(data.classes)
     def callbacks(self): return [DetectionCallback()]

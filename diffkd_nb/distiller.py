@@ -173,8 +173,8 @@ def _check_plan(self:Distiller, plan):
         if low <= len(names) <= high: continue
         many = 'no' if high == 0 else f'exactly {low}' if low == high else f'{low} or more'
         raise ValueError(f"{type(self).__name__} takes {many} {kind} {'tap' if low == high == 1 else 'taps'}, "
-                         f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules. "
-                         "[help: taps]")
+                         f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules "
+                         "where these are too few. [help: taps]")
     for t in plan:
         if t.kind == 'logits': self._check_logits(t)
 

@@ -272,7 +272,7 @@ class PixelCrossEntropy(nn.CrossEntropyLoss):
         loss = self.one(answer, target.long())
         return loss + self.aux*sum(self.one(o, target.long()) for o in others) if others else loss
 
-# %% ../nbs/04_losses.ipynb #022386d9
+# %% ../nbs/04_losses.ipynb #fe8fdb39
 def check_sides(
     pred:tuple, # Shape of scores (B, K, h, w) or of classes (B, h, w)
     target:tuple # Shape of masks (B, H, W)
@@ -283,6 +283,7 @@ def check_sides(
     raise ValueError(f"the model gives a map of {h}x{w} and the masks are {height}x{width} (height x width): "
                      "one of them has its sides the wrong way round. [help: masks]")
 
+# %% ../nbs/04_losses.ipynb #8b5a7ad6
 def _maps_of(pred):
     "Class maps that a model gives, its answer first"
     if isinstance(pred, Mapping):
@@ -301,6 +302,7 @@ def one(self:PixelCrossEntropy,
     try: return self._mean(pred, target)
     except IndexError: raise ValueError(_beyond_classes(pred.shape[1], target, self.ignore_index)) from None
 
+# %% ../nbs/04_losses.ipynb #3771cf11
 @patch
 def _mean(self:PixelCrossEntropy, pred, target):
     how = dict(weight=self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)

@@ -186,7 +186,7 @@ def _scores_of_words(records, final):
     return set(maps[len(maps)-n:])
 
 def _holds(x, final):
-    "Whether a map (B, N, K) has the output (B, K) at one of its positions: scores of words, of which the last one counts"
+    "Whether a map (B, N, K) has the output (B, K) at one of its positions: scores of words, of which one counts"
     if x.shape[0] != len(final) or x.shape[2] != final.shape[1]: return False
     near = torch.isclose(plain_values(x), plain_values(final)[:, None], rtol=1e-3, atol=1e-5)
     return bool(near.all(2).any(1).all())

@@ -267,6 +267,10 @@ class Opened:
         self.data = sources.data(setup.data)
         s = self.setup = replace(setup, recipe=setup.recipe.counted(self.data.n_train))
         self.task, self.data_hash = task_of(self.data), sources.data_hash(self.data)
+        if (s.recipe.mixup or s.recipe.cutmix) and not self.task.mixes:
+            how = f'mixup={s.recipe.mixup:g}, cutmix={s.recipe.cutmix:g}'
+            raise InputError(f"recipe {s.recipe.name} mixes samples ({how}), and {self.task.name} has none that can be "
+                             "mixed: set both to 0. [help: recipe]")
         self.teacher = sources.teacher(s.teachers, self.data, s.teacher_stats) if s.teachers else None
 
     @property

@@ -153,7 +153,7 @@ def _row(self:Comparison, student, teacher, method, runs, base, level):
     seeds = _shared(values, base)
     d, dlow, dhigh, p = paired_test(values[seeds], base[seeds], level) if seeds else (nan,)*4
     whole = runs.whole.iloc[0]
-    paper = published(teacher, student, method, whole, self.task.figure) if whole else []      # other data has no figure to stand beside
+    paper = published(teacher, student, method, whole, self.task.figure) if whole else []      # other data has none
     first = paper[0] if paper else dict(value=nan, source='')
     return {'student': student, 'teacher': teacher, 'method': method, self.task.metric: values.mean(),
             'sd': values.std(), 'n': len(values), 'low': low, 'high': high, 'best': runs.best.mean(), 'difference': d,

@@ -35,6 +35,7 @@ class Task:
     output = None # What outputs of its models mean, see `output_kind`; read from the loss where it is None
     figure = 'top1' # What the paper's tables call the metric
     also = {} # Further figures of the last epoch: name in the result to column of the log
+    mixes = True # Whether two inputs have a mean, as MixUp and CutMix of a recipe need
 
 # %% ../nbs/14_task.ipynb #d9c28802
 @patch

@@ -27,16 +27,17 @@ def _class_names(learn):
 def _words(learn):
     "The words of fastai's numbers, None for inputs that are none"
     found = getattr(learn.dls, 'vocab', None)
-    text = isinstance(found, (list, tuple, L)) and len(found) > 1 and not isinstance(found[0], str) and hasattr(found[0], '__iter__')
-    return list(map(str, found[0])) if text else None
+    nested = isinstance(found, (list, tuple, L)) and len(found) > 1 and isinstance(found[0], (list, tuple, L))
+    return list(map(str, found[0])) if nested else None
 
 def _check_words(theirs, own):
     if theirs == own or not theirs or not own: return
     i = next((i for i,(a,b) in enumerate(zip(theirs, own)) if a != b), min(len(theirs), len(own)))
     word = lambda names: repr(names[i]) if i < len(names) else 'none'
-    raise InputError(f"the teacher numbers words otherwise ({len(theirs):,} words, the student {len(own):,}; number {i} is "
-                     f"{word(theirs)} there and {word(own)} here): make both DataLoaders with one vocabulary, as in "
-                     "TextDataLoaders.from_df(..., text_vocab=teacher.dls.vocab[0]). [help: other-input]")
+    raise InputError(f"the teacher numbers words otherwise ({len(theirs):,} words, the student {len(own):,}; "
+                     f"number {i} is {word(theirs)} there and {word(own)} here): make both DataLoaders with one "
+                     "vocabulary, as in TextDataLoaders.from_df(..., text_vocab=teacher.dls.vocab[0]). "
+                     "[help: other-input]")
 
 def _check_classes(theirs, own):
     few = lambda names: ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

@@ -177,6 +177,9 @@ def _sst2(folder, valid):
     if not glue[0].is_file():
         raise InputError(f"{folder} holds no SST-2: expected train.tsv and dev.tsv of GLUE, "
                          "or sst2_train.tsv and sst2_dev.tsv. [help: data-folder]")
+    if valid == 'test' and 'label' not in _table(glue[1]):
+        raise InputError(f"{glue[1]} has no labels, since GLUE does not publish them: leave split=test out. "
+                         "[help: data-options]")
     return [_columns(f, _table(f), 'label', 'sentence') for f in glue]
 
 # %% ../nbs/16a_text.ipynb #29548f4b
@@ -206,8 +209,8 @@ def _text_data(found, name, spec):
     kept = [i for i,t in enumerate(x) if t not in there]
     twice = f', {len(x) - len(kept)} that stand in both left out' if len(kept) < len(x) else ''
     classes = sorted(set(y))
-    if not len(xv): raise InputError(f"{name} has no sentences for validation, every fifth of a class: give five or more "
-                                     "of each. [help: too-little-data]")
+    if not len(xv): raise InputError(f"{name} has no sentences for validation, every fifth of a class: "
+                                     "give five or more of each. [help: too-little-data]")
     if len(classes) < 2: raise InputError(f"{name} has sentences of {len(classes)} class: at least two are needed. "
                                           "[help: too-little-data]")
     if new := sorted(set(yv) - set(classes)):
@@ -232,12 +235,14 @@ def open_text(
         raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}. [help: data-options]")
     if split not in ('dev', 'test'): raise InputError(f"{spec}: split must be dev or test, got {split!r}. "
                                                       "[help: data-options]")
-    if n and 'split' in asked: raise InputError(f"{spec}: holdout takes the place of the validation sentences, and split "
-                                                "names them: leave one out. [help: data-options]")
+    if n and 'split' in asked:
+        raise InputError(f"{spec}: holdout takes the place of the validation sentences, and split names them: "
+                         "leave one out. [help: data-options]")
     if kind == 'csv': found = _own_table(Path(path), asked.get('text', 'text'), asked.get('label', 'label'))
     else: found = _trec(Path(path)) if kind == 'trec' else _sst2(Path(path), split)
-    if n and int(n) >= len(found[0][0]): raise InputError(f"{spec}: {len(found[0][0])} training sentences are too few to "
-                                                          f"hold out {n}. [help: too-little-data]")
+    if n and int(n) >= len(found[0][0]):
+        raise InputError(f"{spec}: {len(found[0][0])} training sentences are too few to hold out {n}. "
+                         "[help: too-little-data]")
     if n: found = _held_out(found, int(n))
     held = f', {n} held out' if n else f', {split}' if kind == 'sst2' else ''
     return _text_data(found, f'{kind}{held}', data_spec(kind, path, **asked))
@@ -350,7 +355,7 @@ def pieces(self:Transformer,
     keys = [tuple(r[r != 0].tolist()) for r in rows.cpu()]
     for k in {k for k in keys if k not in self.known}:
         read = self.tokenizer(self.words.text(torch.tensor(k)), truncation=True)['input_ids']
-        self.known[k] = torch.tensor(read or [self.tokenizer.unk_token_id or 0])        # an empty sentence is one unknown word
+        self.known[k] = torch.tensor(read or [self.tokenizer.unk_token_id or 0])        # at least one
     found = [self.known[k] for k in keys]
     pad = lambda ts, v: nn.utils.rnn.pad_sequence(ts, batch_first=True, padding_value=v).to(rows.device)
     return pad(found, self.tokenizer.pad_token_id or 0), pad([torch.ones_like(f) for f in found], 0).bool()
@@ -383,7 +388,7 @@ def text_model(
 # %% ../nbs/16a_text.ipynb #136bc072
 class TextClassification(Classification):
     "One label per sentence"
-    name, kinds, also = 'text', tuple(_OPTIONS), {}
+    name, kinds, also, mixes = 'text', tuple(_OPTIONS), {}, False
     def open(self, spec, download=False): return open_text(spec)
     def model(self, name, data, drop_path=0.): return text_model(name, data)
     def transform(self, data, stats): return None
@@ -400,5 +405,6 @@ def _check_words(model, file):
     "`InputError` where a word has another number than in the sentences that a file was trained on"
     theirs = read_weights(file).get('entry')
     if theirs is None or theirs.equal(model.entry): return
-    raise InputError(f"{file} was trained on other sentences: its words have other numbers ({len(theirs):,} words there, "
-                     f"{len(model.entry):,} here). Train the teacher on this data, with the same split. [help: weights]")
+    raise InputError(f"{file} was trained on other sentences: its words have other numbers ({len(theirs):,} words "
+                     f"there, {len(model.entry):,} here). Train the teacher on this data, with the same split. "
+                     "[help: weights]")

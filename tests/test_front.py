@@ -82,7 +82,7 @@ def test_every_error_ends_in_a_short_name():
 
 
 # Options that errors name and that belong to other libraries
-FOREIGN = {'drop_last', 'batch_first', 'vocab', 'use_reentrant', 'min_size', 'output_stride'}
+FOREIGN = {'drop_last', 'batch_first', 'vocab', 'text_vocab', 'use_reentrant', 'min_size', 'output_stride'}
 
 
 def test_what_errors_advise_exists():

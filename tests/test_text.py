@@ -166,6 +166,7 @@ def test_a_student_in_bfloat16(method):
 
 
 def test_bad_names_are_one_error(data, teacher, tmp_path):
+    with pytest.raises(InputError, match='mixes samples .mixup=0.2'): run(RECIPE.replace(mixup=.2), data, teacher, 'textcnn:4', 'kd', 0, tmp_path/'mixed', progress=False)
     for student,says in (('bigru:x', 'bigru:N'), ('resnet20', 'no model of sentences'), (f'hf:{tmp_path}/nothing', 'no folder of transformers')):
         with pytest.raises(InputError, match=says): run(RECIPE, data, None, student, 'alone', 0, tmp_path/'o', progress=False)
     with pytest.raises(InputError, match='no augmentation'): run('small', data, None, 'bigru', 'alone', 0, tmp_path/'p', progress=False)
