@@ -287,6 +287,9 @@ def forward(self:DiffKD,
                          "got a batch of 1. "
                          "Use a larger batch, and drop_last=True if only the last batch is that small. "
                          "[help: batch-of-one]")
+    if self.kind == 'words' and student.shape[2] != teacher.shape[2]:
+        raise ValueError(f"the student has {student.shape[2]} words in this batch and the teacher {teacher.shape[2]}, so "
+                         "they do not read the same ones: name the tap's modules with layout='pooled'. [help: shape]")
     given = self._complete((noise, diffusion_noise, timesteps), student, teacher, draws)
     with padding_at(self, split_mark(student)[1]) if self.kind == 'words' else nullcontext():
         return self._refined(student, teacher, *given)
