@@ -198,9 +198,13 @@ class DistillCallback(Callback):
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'compile'`, `'bf16'`
         **options # Options of the method, where `distiller` is a name
     ):
-        self.teacher_learner = teacher if isinstance(teacher, Learner) else None
+        given = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+        self.teacher_learners = [t for t in given if isinstance(t, Learner)]
         with same_rng(): self.method = as_method(distiller, options)
         self.teacher = NoTeacher() if teacher is None and is_teacherless(self.method) else _teacher_model(teacher)
+        if is_teacherless(self.method) and not task_weight:
+            raise ValueError(f"{self.method.name} softens the labels of the task and adds to its loss: task_weight=0 "
+                             "leaves nothing to learn from. [help: no-labels]")
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
         self.given_taps,taps = taps,self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
@@ -357,9 +361,9 @@ def _begin(self:DistillCallback):
     self.finish()
     kd = self._distillation()
     if kd.output != self._meaning(): kd.read_outputs_as(self._meaning())
-    if self.teacher_learner is not None:
+    for teacher in self.teacher_learners:
         classes = self.classes is None and self._reads_outputs()
-        compare_teacher(self.teacher_learner, self.learn, classes, self.teacher_transform is not None)
+        compare_teacher(teacher, self.learn, classes, self.teacher_transform is not None)
     self._check_others()
     _check_loader(self.learn.dls.train)
     self.fitting = True
@@ -419,7 +423,7 @@ def _check_method(self:DistillCallback, d):
     mixed = [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]
     if mixed and d is not None and d.hard_labels:
         raise ValueError(f"{self._name()} uses the class of each sample, and {mixed[0]} mixes samples of two classes: "
-                         "leave one of them out, or use 'kd' or 'dist'. [help: mixed-targets]")
+                         "leave one of them out, or use 'kd' or 'dist', without paced. [help: mixed-targets]")
     if mixed and 'index' in self.method.needs:
         raise ValueError(f"{self._name()} keeps a memory of every training sample, and {mixed[0]} mixes two of them: "
                          "leave one of them out, or use 'kd' or 'dist'. [help: mixed-targets]")

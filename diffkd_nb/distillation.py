@@ -177,7 +177,7 @@ def as_teacher(
     "One teacher"
     if teacher is None and is_teacherless(method): return NoTeacher()
     if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
-    if isinstance(teacher, Ensemble) and teacher.output is None: teacher.output = output
+    if isinstance(teacher, Ensemble): teacher.read_as(output)
     return teacher
 
 def _check_engine(engine):
@@ -741,6 +741,7 @@ def read_outputs_as(self:Distillation,
     "Another meaning of the outputs, for the next plan"
     self.forget_plan()
     self.output = output
+    if isinstance(self.teacher, Ensemble): self.teacher.read_as(output)
 
 @patch
 def forget_plan(self:Distillation):

@@ -148,6 +148,7 @@ class Distiller(nn.Module):
     by_word = False # Whether sentences may be compared word by word: it then gets `marked_words` and leaves padding out
     instead = "'kd'" # What to use with the other meanings
     hard_labels = False # Whether it needs one class per sample
+    several = False # Whether it is made for several teachers
     for_boxes = False # Whether it is defined for detectors alone
     teacherless = False # Whether it learns from the student alone: it then gets the student's own maps twice
     use = '' # When to use it, one sentence

@@ -230,7 +230,7 @@ class CanKD(Distiller):
     use = 'For maps of dense tasks (detection, segmentation); the cost grows with the square of the positions.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; every tap must be of kind `'feature'`
-        weight:float=5. # Factor on the loss
+        weight:float=10. # Factor on half of the error
     ):
         super().__init__(plan, weight)
         for t in plan:

@@ -268,7 +268,11 @@ class Ensemble(nn.Module):
         if len(teachers) < 2 or not all(isinstance(t, nn.Module) for t in teachers):
             raise TypeError("several teachers must be a list of two or more nn.Modules, "
                             f"got {[type(t).__name__ for t in teachers]}. [help: models]")
-        self.teachers, self.output = nn.ModuleList(teachers), output
+        self.teachers, self.output, self.read = nn.ModuleList(teachers), output, None
+
+    def read_as(self, output): # As `output`, where that was not given
+        "What the outputs mean by the student's loss"
+        self.read = output
 
     def forward(self, *xb):
         outs = [t(*xb) for t in self.teachers]
@@ -276,7 +280,7 @@ class Ensemble(nn.Module):
         if len(set(shapes)) > 1 or not isinstance(outs[0], Tensor):
             raise ValueError(f"several teachers must give tensors of scores over the same outputs, got {shapes}. "
                              "[help: scores]")
-        return mean_scores(outs, self.output)
+        return mean_scores(outs, self.output or self.read)
 
 # %% ../nbs/06d_logits_since.ipynb #6bd96b6d
 class _Turn(torch.autograd.Function):
@@ -296,6 +300,7 @@ def _judge(classes):
 class MEAL(_OfClasses):
     "Mean of several teachers, and a discriminator (MEAL V2, Shen and Savvides, 2020)"
     loss_names, takes = ('similarity', 'discriminator'), dict(feature=(0, 0), logits=(1, 1))
+    several = True
     use = 'With several teachers and a student that is trained already; labels are not used (task_weight=0).'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`; one tap of kind `'logits'`

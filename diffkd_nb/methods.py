@@ -51,6 +51,8 @@ METHODS = dict(kd=KD, dkd=DKD, dist=DIST, fitnet=FitNet, rkd=RKD, pkt=PKT, crd=C
                maskd=MasKD, fgd=FGD, pkd=PKD, frs=FRS, fitnet_boxes=BoxFitNet, heads=HeadKD,
                rois=RoIKD)
 
+_LEFT_OUT = 'acamkd', 'tgeokd' # Published methods of which no equation could be read
+
 def get_method(
     name:str # A key of `METHODS`, or several joined by `'+'`
 ) -> type: # Class of the distiller
@@ -59,6 +61,8 @@ def get_method(
     if isinstance(name, str) and '+' in name: return together(*name.split('+'))
     near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ''
+    if str(name).lower().replace('-', '') in _LEFT_OUT:
+        hint = "it is left out, since neither its program nor its equations could be read. "
     raise ValueError(f"unknown method {name!r}: {hint}All: {', '.join(map(repr, METHODS))}. [help: method-name]")
 
 # %% ../nbs/07a_methods.ipynb #7a2080a9
@@ -117,6 +121,7 @@ class Together(Distiller):
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}. "
                                                    "[help: taps]")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
+        self.hard_labels = any(m.hard_labels for m in self.methods.values())      # an option may ask for them, as `paced`
 
 # %% ../nbs/07a_methods.ipynb #55b39ef5
 @patch(cls_method=True)
@@ -327,7 +332,8 @@ def method_needs(
 ) -> str: # '' where it needs no more than a student and a teacher
     "What a method needs beside the two models, in words"
     said = {'labels': cls.hard_labels, "teacher's classifier": 'teacher' in cls.needs, 'index': 'index' in cls.needs,
-            'no teacher': cls.teacherless, 'length of the training': cls.expect is not Distiller.expect}
+            'no teacher': cls.teacherless, 'several teachers (one will do)': cls.several,
+            'length of the training': cls.expect is not Distiller.expect}
     return ', '.join(k for k,v in said.items() if v)
 
 # %% ../nbs/07a_methods.ipynb #7016bb5f

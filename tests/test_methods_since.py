@@ -470,3 +470,46 @@ def test_a_run_without_a_teacher_goes_on_after_a_kill(tmp_path, monkeypatch):
     with pytest.raises(Killed): train('killed')
     monkeypatch.undo()
     assert train('killed')['student_hash'] == m['student_hash']
+
+
+# ---- found in use
+
+@pytest.mark.parametrize('name,options', [('kd+dist', dict(kd=dict(paced=True))), ('kd:paced=True+dist', {}), ('kd+diffkd', dict(diffkd=dict(paced=True)))])
+def test_paced_in_a_joined_method_needs_labels(name, options):
+    student, teacher = sequential(6), sequential(20)
+    with pytest.raises(ValueError, match='mixes samples of two classes'), quiet(l := learner(student, [DistillCallback(teacher, name, verbose=False, **options), MixUp()])): l.fit(1, 1e-3)
+    l = learner(sequential(6), DistillCallback(teacher, name, verbose=False, **options))
+    with quiet(l): l.fit(1, 1e-3)
+    assert distillation(l).distiller.hard_labels
+
+
+def test_several_teachers_read_the_loss_of_each_fit():
+    "The mean of probabilities is that of classes, then of labels, and the teachers that are given are not changed"
+    teachers, cb = [sequential(8), sequential(12)], None
+    cb = DistillCallback(teachers, 'kd', temperature=1., verbose=False)
+    l = learner(sequential(6), cb)
+    with quiet(l): l.fit(1, 0.)
+    x = torch.randn(3, 3, *NARROW)
+    for t in teachers: t.eval()
+    logits = [t(x) for t in teachers]
+    with torch.no_grad(): assert torch.allclose(cb.teacher.eval()(x).softmax(1), sum(z.softmax(1) for z in logits)/2, atol=1e-5)
+    l.loss_func = lambda p, y: F.binary_cross_entropy_with_logits(p, F.one_hot(y, p.shape[1]).float())
+    cb.output = 'labels'
+    with quiet(l): l.fit(1, 0.)
+    with torch.no_grad(): assert torch.allclose(cb.teacher.eval()(x).sigmoid(), sum(z.sigmoid() for z in logits)/2, atol=1e-5)
+
+
+def test_each_of_several_teachers_is_compared_with_the_student():
+    def one(names, cbs=None):
+        "A Learner whose loaders name four classes"
+        l = learner(sequential(6), cbs); l.dls.vocab = list(names); return l
+    ok, bad = DistillCallback([one('abcd'), one('abcd')], 'kd', verbose=False), DistillCallback([one('abcd'), one('dcba')], 'kd', verbose=False)
+    with quiet(l := one('abcd', ok)): l.fit(1)
+    with pytest.raises(ValueError, match='in another order'), quiet(l := one('abcd', bad)): l.fit(1)
+
+
+def test_nothing_to_learn_from_and_what_is_left_out():
+    with pytest.raises(ValueError, match='leaves nothing to learn from'): DistillCallback(None, 'pskd', task_weight=0)
+    for name in ('acamkd', 'TGeo-KD'):
+        with pytest.raises(ValueError, match='left out, since neither'): get_method(name)
+    assert method_needs(METHODS['meal']) == 'several teachers (one will do)'
