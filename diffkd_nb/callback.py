@@ -198,13 +198,10 @@ class DistillCallback(Callback):
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'compile'`, `'bf16'`
         **options # Options of the method, where `distiller` is a name
     ):
-        given = teacher if isinstance(teacher, (list, tuple)) else [teacher]
-        self.teacher_learners = [t for t in given if isinstance(t, Learner)]
+        self.teacher_learners = _learners(teacher)
         with same_rng(): self.method = as_method(distiller, options)
         self.teacher = NoTeacher() if teacher is None and is_teacherless(self.method) else _teacher_model(teacher)
-        if is_teacherless(self.method) and not task_weight:
-            raise ValueError(f"{self.method.name} softens the labels of the task and adds to its loss: task_weight=0 "
-                             "leaves nothing to learn from. [help: no-labels]")
+        _check_weight(self.method, task_weight)
         if 'temperature' in options: check_number('temperature', options['temperature'], positive=True)
         self.given_taps,taps = taps,self.method.taps(taps)
         if taps is not None and not isinstance(taps, str) and not len(taps):
@@ -223,6 +220,14 @@ class DistillCallback(Callback):
     distiller = property(lambda self: None if self.kd is None else self.kd.distiller)
 
 # %% ../nbs/09_callback.ipynb #4f241c25
+def _learners(teacher):
+    return [t for t in (teacher if isinstance(teacher, (list, tuple)) else [teacher]) if isinstance(t, Learner)]
+
+def _check_weight(method, task_weight):
+    if task_weight or not is_teacherless(method): return
+    raise ValueError(f"{method.name} softens the labels of the task and adds to its loss: task_weight=0 leaves nothing "
+                     "to learn from. [help: no-labels]")
+
 def _teacher_model(teacher):
     "A model, or that of a Learner; several as one"
     if isinstance(teacher, (list, tuple)): return Ensemble([_teacher_model(t) for t in teacher])

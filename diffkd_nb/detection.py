@@ -18,7 +18,7 @@ from .files import InputError
 from .rng import same_rng, seeded
 from .task import Task
 from .layouts import unwrap
-from .weights import load_weights
+from .weights import check_names, load_weights
 
 # %% auto #0
 __all__ = ['Watch', 'most_boxes', 'packed', 'DetectionLoss', 'DetectionCallback', 'new_precision', 'read_precision', 'on_cpu',
@@ -54,6 +54,7 @@ def losses(self:Watch,
 ) -> dict: # Name to scalar, as in training
     "What the model would have given in training, with the layers as they are"
     m, (x, targets), maps = self.model, self.out['transform'], self.out['backbone']
+    targets = [_without_crowds(t) for t in targets]
     with torch.no_grad(), same_rng(), seeded(0):
         if hasattr(m, 'roi_heads'): return self._two_stage(m, x, targets, maps)
         if type(m).__name__ == 'RetinaNet':
@@ -61,7 +62,13 @@ def losses(self:Watch,
         if type(m).__name__ == 'FCOS':
             n = [v.shape[2]*v.shape[3] for v in maps.values()]
             return m.compute_loss(targets, self.out['head'], self.out['anchor_generator'], n)
-        return _asked_again(m, xb)
+        return _asked_again(m, (xb[0], [_without_crowds(t) for t in xb[1]]))
+
+def _without_crowds(target):
+    "What counts in a loss: crowds do not, neither in training nor here"
+    if 'iscrowd' not in target: return target
+    kept, n = target['iscrowd'] == 0, len(target['boxes'])
+    return {k: v[kept] if isinstance(v, Tensor) and v.dim() and len(v) == n else v for k,v in target.items()}
 
 @patch
 def _two_stage(self:Watch, m, x, targets, maps):
@@ -114,17 +121,27 @@ class DetectionCallback(Callback):
     "Gives the validation of a detector its loss, and its boxes as a tensor"
     order = -15
     def before_batch(self):
-        if self.training: return
-        self.watch = Watch(self.learn.model).attach()
+        self._both_as_inputs()
+        if not self.training: self.watch = Watch(self.learn.model).attach()
+
+    def _both_as_inputs(self):
+        "Batches of pictures and targets alone, as torchvision's own loaders give them: both are inputs of the model"
+        given = [*self.xb, *self.yb]
+        if len(given) != 2 or not isinstance(given[1], (list, tuple)): return
+        x, targets = map(list, given)
+        self.learn.xb, self.learn.yb = (x, targets), (torch.arange(len(x)),)
 
     def after_pred(self):
         if self.training or isinstance(self.pred, dict): return
         pred = packed(self.pred, most_boxes(self.learn.model))
         pred.losses = self.watch.losses(self.xb)
         self.learn.pred = pred
+        self._detach()
 
-    def after_batch(self):
+    def _detach(self):
+        "Also after an interruption, before anything else happens to the model"
         if hasattr(self, 'watch'): self.watch.detach(); del self.watch
+    after_batch = after_cancel_batch = after_validate = after_cancel_validate = after_fit = before_fit = _detach
 
 BoxDataset.loss_func = DetectionLoss()
 
@@ -196,7 +213,7 @@ class APOf(Metric):
     value = property(lambda self: None if self.of.figures is None else self.of.figures[self.key])
     name = property(lambda self: self.key)
 
-# %% ../nbs/16c_detection.ipynb #6de1ef43
+# %% ../nbs/16c_detection.ipynb #30c26c5f
 def detection_metrics(
     classes:Sequence, # Names of the labels from 1
     each:int=20 # Up to so many classes have a column of their own
@@ -206,6 +223,7 @@ def detection_metrics(
     more = [k for k in _FIGURES if k != 'map'] + [f'ap_{c}' for c in names if len(names) <= each]
     return [all_figures, *(APOf(all_figures, k) for k in more)]
 
+# %% ../nbs/16c_detection.ipynb #5208fd1b
 class DetectionLearner(Learner):
     "A Learner whose predictions are boxes"
     def predict(self,
@@ -218,6 +236,14 @@ class DetectionLearner(Learner):
         found = unpacked(x), x, x
         return (dl.one_batch()[0][0], *found) if with_input else found
 
+# %% ../nbs/16c_detection.ipynb #30e906f4
+def _n_scores(model):
+    "Classes of a detector of torchvision with the background, None where it does not tell"
+    m = unwrap(model)
+    boxes = getattr(getattr(m, 'roi_heads', None), 'box_predictor', None)
+    if hasattr(boxes, 'cls_score'): return boxes.cls_score.out_features
+    return getattr(getattr(getattr(m, 'head', None), 'classification_head', None), 'num_classes', None)
+
 def detection_learner(
     dls, # DataLoaders of `DetectionData`, or of pictures and targets
     model:nn.Module, # A detector
@@ -227,7 +253,11 @@ def detection_learner(
 ) -> DetectionLearner:
     "A Learner that trains a detector, validates its loss and measures average precision"
     cbs = list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
-    if metrics is None: metrics = detection_metrics(getattr(dls.train.dataset, 'classes', ()))
+    classes, n = getattr(dls.train.dataset, 'classes', ()), _n_scores(model)
+    if classes and n is not None and n <= len(classes):
+        raise InputError(f"the detector has {n} classes, and the data needs {len(classes) + 1}: the background is one "
+                         "of them. [help: boxes]")
+    if metrics is None: metrics = detection_metrics(classes)
     return DetectionLearner(dls, model, DetectionLoss(), metrics=metrics, cbs=[DetectionCallback(), *cbs], **kwargs)
 
 # %% ../nbs/16c_detection.ipynb #d256bdca
@@ -255,6 +285,7 @@ def teacher(self:Detection, spec, data, weights=None):
     "`'name@FILE'`"
     name, _, f = spec.rpartition('@')
     if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
+    check_names(f, data.classes)
     with same_rng(): return load_weights(self.model(name, data), f)
 
 @patch

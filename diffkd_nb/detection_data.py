@@ -38,16 +38,20 @@ class Picture(NamedTuple):
     labels:np.ndarray # (n,) from 1
     crowd:np.ndarray # (n,) 1 for an area that is left out
     number:int=0 # COCO's id of the picture, or its place in the list
+    area:np.ndarray|None=None # (n,) of each object in pixels, float32; that of its box where nobody says
 
 def picture(
     file, # Path
     size:tuple, # (height, width)
     rows:Sequence, # (left, top, right, bottom, label, crowd) of each box
-    number:int=0 # Of the picture
+    number:int=0, # Of the picture
+    area:Sequence|None=None # Of each object, see `Picture`
 ) -> Picture:
     "A picture from rows of numbers"
     x = np.array(list(rows), np.float64).reshape(-1, 6)
-    return Picture(Path(file), tuple(size), x[:, :4].astype(np.float32), x[:, 4].astype(np.int64), x[:, 5].astype(np.int64), number)
+    boxes, whole = x[:, :4].astype(np.float32), x[:, 4:].astype(np.int64)
+    area = area and np.array(area, np.float32)
+    return Picture(Path(file), tuple(size), boxes, whole[:, 0], whole[:, 1], number, area)
 
 # %% ../nbs/16_detection_data.ipynb #3d98a2c9
 _FIXES = dict(empty=('stop', 'drop'), outside=('stop', 'clip')) # What may be said about boxes that cannot be meant
@@ -75,10 +79,11 @@ def check_boxes(
             raise InputError(f"{_said_box(p, int(flat.argmax()))} has no area: mend the file, or pass empty=drop. "
                              "[help: boxes]")
         keep, n = ~flat, [n[0] + int(flat.sum()), n[1] + int(far.sum())]
-        done.append(p._replace(boxes=x[keep], labels=p.labels[keep], crowd=p.crowd[keep]))
+        area = None if p.area is None else p.area[keep]
+        done.append(p._replace(boxes=x[keep], labels=p.labels[keep], crowd=p.crowd[keep], area=area))
     return done, tuple(n)
 
-# %% ../nbs/16_detection_data.ipynb #04767ff2
+# %% ../nbs/16_detection_data.ipynb #88878e36
 def _coco_api(f):
     "The file, read by pycocotools or faster-coco-eval"
     try: from pycocotools.coco import COCO
@@ -94,6 +99,7 @@ def _coco_api(f):
     raise InputError(f"{f} is no COCO file: expected the lists 'images', 'annotations' and 'categories' in it. "
                      "[help: boxes]")
 
+# %% ../nbs/16_detection_data.ipynb #52e7a898
 def _coco_row(f, a, label, names):
     "One annotation as a row"
     if a.get('category_id') not in label:
@@ -104,7 +110,29 @@ def _coco_row(f, a, label, names):
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{f}: annotation {a.get('id')} of {names.get(a.get('image_id'))} has no bbox of four "
                          "numbers. [help: boxes]") from None
-    return l, t, l + w, t + h, label[a['category_id']], int(a.get('iscrowd', 0))
+    return l, t, l + w, t + h, label[a['category_id']], int(a.get('iscrowd') or 0)
+
+# %% ../nbs/16_detection_data.ipynb #9c057db5
+def _coco_picture(f, i, images, rows):
+    "One picture with its annotations; `InputError` where its name or its sides are missing"
+    try: name, size = str(i['file_name']), (int(i['height']), int(i['width']))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{f}: image {i.get('id')} has no file_name, height and width. [help: boxes]") from None
+    area = [a.get('area') for a,_ in rows]
+    known = all(isinstance(v, (int, float)) and v >= 0 for v in area)
+    return picture(images/name, size, [r for _,r in rows], i['id'], area if known and area else None)
+
+def _coco_labels(f, cats, keep):
+    "Number of a category to its label, label to its name"
+    ids = [c.get('id') for c in cats]
+    if not all(isinstance(c, int) and isinstance(k.get('name'), str) for c,k in zip(ids, cats)):
+        raise InputError(f"{f} has a category without a whole number as id, or without a name. [help: boxes]")
+    if twice := [c for c in ids if ids.count(c) > 1]:
+        raise InputError(f"{f} has the category {twice[0]} more than once. [help: boxes]")
+    if keep and min(ids) < 1: raise InputError(f"{f} has the category {min(ids)}: with numbers=keep they must be 1 or "
+                                               "more, since 0 is the background. [help: boxes]")
+    label = {c: c if keep else i for i,c in enumerate(ids, 1)}
+    return label, {label[c['id']]: c['name'] for c in cats}
 
 # %% ../nbs/16_detection_data.ipynb #64c5d7b9
 def read_coco(
@@ -114,17 +142,16 @@ def read_coco(
 ) -> tuple: # Pictures, names of the classes (None for a number that is not used)
     "Pictures and boxes of a COCO file; `InputError` for what does not fit"
     api = _coco_api(f)
-    cats = sorted(api.dataset['categories'], key=lambda c: c['id'])
-    label = {c['id']: c['id'] if keep_numbers else i for i,c in enumerate(cats, 1)}
-    named = {label[c['id']]: c['name'] for c in cats}
-    names = {i['id']: i['file_name'] for i in api.dataset['images']}
+    cats = sorted(api.dataset['categories'], key=lambda c: (isinstance(c.get('id'), int), c.get('id') or 0))
+    label, named = _coco_labels(f, cats, keep_numbers)
+    names = {i['id']: i.get('file_name') for i in api.dataset['images']}
     rows = {i: [] for i in names}
     for a in api.dataset.get('annotations', ()):
         if a.get('image_id') not in rows:
             raise InputError(f"{f}: annotation {a.get('id')} is of picture {a.get('image_id')}, which the file does "
                              "not list. [help: boxes]")
-        rows[a['image_id']].append(_coco_row(f, a, label, names))
-    found = [picture(images/i['file_name'], (i['height'], i['width']), rows[i['id']], i['id']) for i in api.dataset['images']]
+        rows[a['image_id']].append((a, _coco_row(f, a, label, names)))
+    found = [_coco_picture(f, i, images, rows[i['id']]) for i in api.dataset['images']]
     return found, [named.get(k) for k in range(1, max(named) + 1)]
 
 # %% ../nbs/16_detection_data.ipynb #ba932329
@@ -175,7 +202,7 @@ _AUGMENT = { # Name to a transform of pictures with boxes
     'zoom': lambda: v2.RandomZoomOut(fill=114), 'color': lambda: v2.ColorJitter(.3, .3, .3, .02)}
 
 class BoxTransform:
-    "Augments a picture and its boxes alike"
+    "Augments a picture and its boxes alike; boxes that are less than a pixel wide or high are left out"
     def __init__(self,
         augmentation:Sequence=() # `'flip'`, `'vflip'`, `'crop'`, `'zoom'`, `'color'`
     ):
@@ -199,11 +226,12 @@ def make_target(
     boxes:Tensor, # (n, 4)
     labels:Tensor, # (n,)
     crowd:Tensor, # (n,)
-    number:int=0 # Of the picture
+    number:int=0, # Of the picture
+    area:Tensor|None=None # (n,) of the objects, that of their boxes by default
 ) -> dict: # For torchvision's detectors and torchmetrics
     "What is on a picture"
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)
-    return dict(boxes=boxes, labels=labels, iscrowd=crowd, area=size[:, 0]*size[:, 1], image_id=torch.tensor(number))
+    if area is None: area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+    return dict(boxes=boxes, labels=labels, iscrowd=crowd, area=area, image_id=torch.tensor(number))
 
 class BoxDataset:
     "Pictures on disk and their boxes; the augmentation of a sample depends on `epoch_seed` and its index alone"
@@ -242,10 +270,11 @@ def __getitem__(self:BoxDataset, i):
     p, x = self.pictures[i], self.read(i)
     keep = p.crowd == 0 if self.train else slice(None)
     boxes, labels, crowd = (torch.from_numpy(v[keep]) for v in (p.boxes, p.labels, p.crowd))
+    area = None if p.area is None or self.transform.steps else torch.from_numpy(p.area[keep])
     if self.transform.steps:
         with seeded(self.epoch_seed + 1_000_003*i): x, boxes, labels = self.transform(x, boxes, labels)
         crowd = crowd.new_zeros(len(labels))
-    return x, make_target(boxes, labels, crowd, p.number), i
+    return x, make_target(boxes, labels, crowd, p.number, area), i
 
 # %% ../nbs/16_detection_data.ipynb #6e8fc610
 class _Given(BoxDataset):
@@ -334,7 +363,7 @@ def show_results(self:BoxDL,
     "True boxes above, found ones below"
     x, t, *_ = b
     n = min(max_n, len(x))
-    _, axs = subplots(2, n, figsize=(3.2*n, 5.2))
+    axs = np.reshape(subplots(2, n, figsize=(3.2*n, 5.2))[1], (2, n))
     for i in range(n):
         draw_boxes(x[i], t[i], self.dataset.classes, ctx=axs[0, i], **kwargs)
         draw_boxes(x[i], unpacked(out[i], least), self.dataset.classes, least, ctx=axs[1, i], **kwargs)
@@ -374,6 +403,11 @@ def _check(self:DetectionData):
         raise InputError(f"{self.name} has no boxes to learn from. [help: too-little-data]")
 
 # %% ../nbs/16_detection_data.ipynb #f6e1c76c
+def _own_area(p):
+    "Whether objects have another area than their boxes, as outlines have"
+    if p.area is None: return False
+    return not np.allclose(p.area, (p.boxes[:, 2:] - p.boxes[:, :2]).prod(1), rtol=.01)
+
 _KEEP = 2**29 # Bytes of pictures that are kept in memory at most
 
 @patch
@@ -403,8 +437,10 @@ def hash(self:DetectionData,
     h, files = hashlib.sha256(json.dumps([self.classes, self.n_train, self.n_valid]).encode()), [p for s in self.pictures for p in s]
     full = sum(p.file.stat().st_size for p in files) <= whole
     for p in files:
-        h.update(f'{p.file.relative_to(self.folder)} {p.file.stat().st_size} '.encode())
+        name = p.file.relative_to(self.folder) if p.file.is_relative_to(self.folder) else p.file
+        h.update(f'{name} {p.file.stat().st_size} '.encode())
         for v in (p.boxes, p.labels, p.crowd): h.update(np.ascontiguousarray(v).tobytes())
+        if _own_area(p): h.update(p.area.tobytes())
         if full: h.update(p.file.read_bytes())
     return ('content:' if full else 'listing:') + h.hexdigest()
 
@@ -414,6 +450,9 @@ def _coco_split(folder, split):
     files = [f for d in (folder/'annotations', folder) for f in sorted(d.glob(f'instances_{split}*.json'))]
     exact = [f for f in files if f.stem == f'instances_{split}'] or files
     if not exact: return None
+    if len(exact) > 1:
+        raise InputError(f"{folder} has {' and '.join(f.name for f in exact[:2])}: name the one that is meant, such as "
+                         f"train={exact[0].stem.removeprefix('instances_')}. [help: data-options]")
     names = exact[0].stem.removeprefix('instances_'), split
     found = next((d for n in names for d in (folder/'images'/n, folder/n) if d.is_dir()), folder/'images')
     return exact[0], found
@@ -440,21 +479,37 @@ def _voc_names(folder, split):
                          "(train=, valid=). [help: data-folder]")
     return [l.split()[0] for l in f.read_text().splitlines() if l.split()]
 
+def _by_stem(folder):
+    found = {}
+    for f in _images(folder): found.setdefault(f.stem, []).append(f)
+    return found
+
+def _only(files):
+    if len(files) == 1: return files[0]
+    raise InputError(f"{files[0]} and {files[1]} have one name: keep one of them. [help: boxes]")
+
+def _lines(f):
+    try: found = [l.strip() for l in f.read_text().splitlines() if l.strip()]
+    except UnicodeDecodeError as e: raise InputError(f"{f} cannot be read as a list of classes, one name a line: {e}. "
+                                                     "[help: unreadable-file]") from None
+    if found: return found
+    raise InputError(f"{f} names no class, expected one name a line. [help: boxes]")
+
 def _open_voc(folder, train, valid, numbers):
     "Pictures of both splits, classes"
     inside = ('.', 'VOC2012', 'VOC2007', 'VOCdevkit/VOC2012', 'VOCdevkit/VOC2007')
     root = next((folder/d for d in inside if (folder/d/'Annotations').is_dir()), folder)
     pictures = next((root/n for n in ('JPEGImages', 'images') if (root/n).is_dir()), root/'JPEGImages')
-    by_name, splits = {f.stem: f for f in _images(pictures)} if pictures.is_dir() else {}, []
+    by_name, splits = _by_stem(pictures) if pictures.is_dir() else {}, []
     for s in (train or 'train', valid or 'val'):
         names = _voc_names(root, s)
         xml = [root/'Annotations'/f'{n}.xml' for n in names]
         if lacks := [f for f in xml if not f.is_file()]:
             raise InputError(f"{lacks[0]} is missing: the split {s!r} names it. [help: data-folder]")
-        splits.append((xml, [by_name.get(n, pictures/f'{n}.jpg') for n in names]))
+        splits.append((xml, [_only(by_name.get(n, [pictures/f'{n}.jpg'])) for n in names]))
     f = root/'classes.txt'
     seen = lambda: sorted({n for xml,_ in splits for x in xml for _,n,_ in _voc_objects(x, _voc_xml(x))})
-    classes = f.read_text().split() if f.is_file() else seen()
+    classes = _lines(f) if f.is_file() else seen()
     return tuple(read_voc(*s, classes) for s in splits), classes
 
 # %% ../nbs/16_detection_data.ipynb #b162ffc6

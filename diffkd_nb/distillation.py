@@ -236,6 +236,8 @@ def transformed(
 ) -> tuple: # Inputs of the teacher
     "Apply a transform to copies of the pictures, of all floats where there are no pictures, of all where there are none"
     if transform is None: return tuple(xb)
+    if len(xb) == 2 and isinstance(xb[0], (list, tuple)):        # pictures of a detector; its boxes stay
+        return [transform(_copy(x)) for x in xb[0]], xb[1]
     floats = lambda x: isinstance(x, Tensor) and x.is_floating_point()
     picture = lambda x: isinstance(x, Tensor) and x.dim() == 4 and (floats(x) or x.dtype == torch.uint8)
     wanted = picture if any(map(picture, leaves := tree_leaves(list(xb)))) else floats

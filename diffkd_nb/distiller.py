@@ -172,6 +172,10 @@ def _check_plan(self:Distiller, plan):
     for kind,(low,high) in self.takes.items():
         names = [t.name for t in plan if t.kind == kind]
         if low <= len(names) <= high: continue
+        if self.takes.get('logits', (0, 0))[0] and any(t.name.startswith('fpn.') for t in plan):
+            raise ValueError(f"{type(self).__name__} compares class scores of a sample, and a detector gives boxes: "
+                             "use 'heads' or 'rois' for its scores, or a method of pyramids such as 'diffkd' or 'pkd'. "
+                             "[help: detectors]")
         many = 'no' if high == 0 else f'exactly {low}' if low == high else f'{low} or more'
         raise ValueError(f"{type(self).__name__} takes {many} {kind} {'tap' if low == high == 1 else 'taps'}, "
                          f"but the plan has {names or 'none'}: pass taps={self.default_taps}, or name the modules "

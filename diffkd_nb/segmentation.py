@@ -19,7 +19,7 @@ from .segmentation_data import VOID, open_segmentation, _LAYOUTS
 from .segmentation_models import Scores, ToSize, encoder_file, segmentation_model
 from .task import Task
 from .records import main_tensor
-from .weights import load_weights, read_weights
+from .weights import check_names, load_weights, read_weights
 
 # %% auto #0
 __all__ = ['confusion', 'iou', 'MeanIoU', 'ClassIoU', 'Segmentation']
@@ -128,6 +128,7 @@ def teacher(self:Segmentation, spec, data, weights=None):
     "`'name@FILE'`; the file may also hold the weights of a library's model alone"
     name, _, f = spec.rpartition('@')
     if not name: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
+    check_names(f, data.classes)
     with same_rng(): model = self.model(name, data)
     bare = isinstance(model, Scores) and not any(k.startswith('model.') for k in read_weights(f))
     load_weights(model.model if bare else model, f, beside=('aux_classifier.',) if bare else ())

@@ -205,7 +205,7 @@ def show_batch(self:MaskDL,
     "Show pictures of a batch, their masks below"
     x, m = self.one_batch() if b is None else b
     n, (mean, std) = min(max_n, len(x)), channel_tensors(self.stats, torch.device('cpu'), torch.float32)
-    _, axs = subplots(2, n, figsize=(2.4*n, 4))
+    axs = np.reshape(subplots(2, n, figsize=(2.4*n, 4))[1], (2, n))
     for i in range(n):
         show_image((x[i].cpu()*std + mean).clamp(0, 1), ctx=axs[0, i], **kwargs)
         show_image(paint(m[i], len(self.dataset.classes)), ctx=axs[1, i])
@@ -229,7 +229,7 @@ def show_results(self:MaskDL,
     "Pictures, their masks, and the classes that were found"
     x, m = b
     n, (mean, std) = min(max_n, len(x)), channel_tensors(self.stats, torch.device('cpu'), torch.float32)
-    _, axs = subplots(3, n, figsize=(2.4*n, 6))
+    axs = np.reshape(subplots(3, n, figsize=(2.4*n, 6))[1], (3, n))
     for i in range(n):
         show_image((x[i].cpu()*std + mean).clamp(0, 1), ctx=axs[0, i], **kwargs)
         for ax,classes in zip(axs[1:, i], (m[i], out[i])): show_image(paint(classes, len(self.dataset.classes)), ctx=ax)

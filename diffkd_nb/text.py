@@ -24,7 +24,7 @@ from .loaders import ArrayDataset, ArrayDL
 from .models import check_trusted
 from .rng import same_rng
 from .task import Classification, Task
-from .weights import load_weights, read_weights
+from .weights import check_names, load_weights, read_weights
 
 # %% auto #0
 __all__ = ['TEXT_MODELS', 'Words', 'TextDL', 'TextData', 'open_text', 'SentenceState', 'TextNet', 'GRU', 'Convolutions',
@@ -397,6 +397,7 @@ class TextClassification(Classification):
     def teacher(self, spec, data, weights=None):
         name, _, file = spec.partition('@')
         if not file: raise InputError(f"a teacher is NAME@FILE.safetensors, got {spec!r}. [help: untrained-teacher]")
+        check_names(file, data.classes)
         with same_rng(): model = text_model(name, data)
         if isinstance(model, TextNet): _check_words(model, file)
         return load_weights(model, file)

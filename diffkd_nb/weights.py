@@ -23,7 +23,7 @@ from .transforms import STATS
 # %% auto #0
 __all__ = ['TEACHERS', 'state_hash', 'save_weights', 'read_weights', 'load_weights', 'check_fit', 'load_teacher', 'Published',
            'published_weights', 'load_published', 'imagenet_classes', 'classifier', 'keep_classes', 'teacher_source',
-           'trained_model']
+           'check_names', 'trained_model']
 
 # %% ../nbs/12a_weights.ipynb #3979c193
 def state_hash(
@@ -317,7 +317,7 @@ def _file_outputs(model, f):
     return len(sd.get(classifier(model)[0] + '.weight', ()))
 
 # %% ../nbs/12a_weights.ipynb #1467d849
-def _check_names(f, classes):
+def check_names(f, classes):
     "`InputError` where the manifest beside a file of weights has other classes"
     record = Path(f).with_name('manifest.json')
     try: names = json.loads(record.read_text())['data']['class_names']
@@ -343,7 +343,7 @@ def trained_model(
     subset = len(classes) < 1000 and all(c in numbers for c in classes)
     if source is not None: model = load_published(source, folder)
     else:
-        _check_names(f, classes)
+        check_names(f, classes)
         model = make_model(name, len(classes), in_chans, img_size)
         if subset and _file_outputs(model, f) == 1000: model = make_model(name, 1000, in_chans, img_size)
         load_weights(model, f)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from PIL import Image
-from fastai.vision.all import Learner, set_seed
+from fastai.vision.all import Callback, Learner, set_seed
 from pairs import CountCalls, n_hooks, quiet, same, snapshot
 from resuming import cut_and_resumed
 pytest.importorskip('pycocotools'); pytest.importorskip('torchmetrics'); pytest.importorskip('faster_coco_eval')
@@ -505,3 +505,141 @@ def test_options_that_do_not_fit_are_one_error(data, teacher, tmp_path):
     with pytest.raises(InputError, match="'crop:8' is not one for pictures with boxes"): run(RECIPE.replace(augmentation=('crop:8',)), data, None, STUDENT, 'alone', 0, tmp_path/'b', progress=False)
     with pytest.raises(InputError, match='label_smoothing must be 0'): run(RECIPE.replace(label_smoothing=.1), data, None, STUDENT, 'alone', 0, tmp_path/'c', progress=False)
     assert task_of(dict(task='detection')).metric == 'map'
+
+
+# ---- found in use
+
+def pairs_alone(data, bs=3, style='list'):
+    "Loaders of pictures and targets, as torchvision's references have them"
+    from fastai.data.load import DataLoader
+    from fastai.data.core import DataLoaders
+    made = open_data(data).dls(bs, ()).train.dataset
+    rows = [(x.float()/255, t) for x,t,_ in (made[i] for i in range(6))]
+    batch = (lambda b: tuple(zip(*b))) if style == 'tuple' else (lambda b: tuple(map(list, zip(*b))))
+    dl = DataLoader(rows, bs=bs, create_batch=batch, num_workers=0)
+    if style == 'inputs': dl.n_inp = 2
+    return DataLoaders(dl, dl)
+
+
+@pytest.mark.parametrize('style', ['list', 'tuple', 'inputs'])
+@pytest.mark.parametrize('distils', [False, True])
+def test_batches_of_pictures_and_targets_alone_train(data, style, distils):
+    student, teacher = models(STUDENT, TEACHER)
+    learn = detection_learner(pairs_alone(data, style=style), student, [DiffKDCallback(teacher, verbose=False)]*distils)
+    was = student.state_dict()['head.classification_head.cls_logits.weight'].clone()
+    row = fit(learn, lr=.01)
+    assert np.isfinite(row['train_loss']) and np.isfinite(row['valid_loss']) and (row['kd'] > 0 if distils else True)
+    assert not torch.equal(was, student.state_dict()['head.classification_head.cls_logits.weight'])
+
+
+def changed(data, tmp_path, change, split='val'):
+    "A copy of the made-up data whose JSON is changed"
+    import shutil
+    shutil.copytree(data.partition(':')[2], d := tmp_path/'changed')
+    f = d/f'instances_{split}.json'; made = json.loads(f.read_text()); change(made, d); f.write_text(json.dumps(made))
+    return f'coco:{d}'
+
+
+def test_crowds_count_in_no_loss(data, tmp_path):
+    def crowd(made, d):
+        for i in made['images']: made['annotations'].append(dict(id=1000+i['id'], image_id=i['id'], category_id=3, bbox=[0, 0, i['width'], i['height']], iscrowd=1, area=1))
+    model, _ = models(STUDENT, TEACHER)
+    loss = lambda spec: detection_learner(open_data(spec).dls(3, ()), model, metrics=[])
+    with quiet(loss(data)) as a, quiet(loss(changed(data, tmp_path, crowd))) as b: assert a.validate()[0] == pytest.approx(b.validate()[0], rel=1e-6)
+
+
+def test_sizes_are_those_of_the_outlines(data, tmp_path):
+    "Precision by size uses the file's areas, as pycocotools does, and the data is another one"
+    def outlines(made, d):
+        for a in made['annotations']: a['area'] = .01*a['area'] if a['id'] % 2 else 20_000
+    spec, model = changed(data, tmp_path, outlines), models(STUDENT, TEACHER)[0]
+    assert open_data(spec).hash() != open_data(data).hash()
+    areas = {int(t['image_id']): t['area'] for _,t,_ in open_data(spec).dls(2, ()).valid.dataset}
+    stored = json.loads((Path(spec.partition(':')[2])/'instances_val.json').read_text())['annotations']
+    assert all(torch.allclose(areas[i], torch.tensor([float(a['area']) for a in stored if a['image_id'] == i])) for i in areas)
+    perfect = lambda s: read_precision(_perfect(open_data(s)), ['disc', 'square'])
+    assert perfect(data)['map_large'] != perfect(data)['map_large'] and perfect(spec)['map_large'] == 1
+
+
+def _perfect(data):
+    metric = new_precision()
+    for _,t,_ in data.dls(2, ()).valid.dataset: metric.update([dict(boxes=t['boxes'], labels=t['labels'], scores=torch.ones(len(t['labels'])))], [{k: v for k,v in t.items() if k != 'image_id'}])
+    return metric
+
+
+@pytest.mark.parametrize('change,said', [
+    (lambda m, d: m['images'][0].pop('height'), 'no file_name, height and width'), (lambda m, d: m['images'][0].pop('file_name'), 'no file_name, height and width'),
+    (lambda m, d: m['images'][0].update(width=None), 'no file_name, height and width'), (lambda m, d: m['categories'][0].pop('name'), 'without a whole number as id, or without a name'),
+    (lambda m, d: m['categories'][0].update(id='disc'), 'without a whole number as id, or without a name|category'), (lambda m, d: m['categories'].append(dict(id=3, name='again')), 'category 3 more than once'),
+    (lambda m, d: (d/'instances_val2.json').write_text((d/'instances_val.json').read_text()) and (d/'instances_val.json').rename(d/'instances_val1.json'), None)])
+def test_json_that_does_not_fit_is_one_error(change, said, data, tmp_path):
+    if said is None:
+        spec = changed(data, tmp_path, lambda m, d: None); d = Path(spec.partition(':')[2])
+        (d/'instances_val2.json').write_text((d/'instances_val.json').read_text()); (d/'instances_val.json').rename(d/'instances_val1.json')
+        with pytest.raises(InputError, match='instances_val1.json and instances_val2.json: name the one'): open_data(spec)
+        return
+    with pytest.raises(InputError, match=said): open_data(changed(data, tmp_path, change))
+
+
+def test_what_files_may_say(data, tmp_path):
+    "No mark of a crowd, sides as text, pictures by their whole path"
+    def change(made, d):
+        for a in made['annotations']: a['iscrowd'] = None
+        for i in made['images']: i.update(height=str(i['height']), file_name=str(d/'images'/'val'/i['file_name']))
+    a, b = open_data(data), open_data(changed(data, tmp_path, change))
+    assert b.hash().startswith('content:') and all(np.array_equal(x.boxes, y.boxes) for x,y in zip(a.pictures[1], b.pictures[1]))
+
+
+def test_a_teacher_of_other_classes_is_refused(data, teacher, tmp_path):
+    def renamed(made, d): made['categories'][0]['name'] = 'cell'
+    spec = changed(data, tmp_path, renamed); f = Path(spec.partition(':')[2])/'instances_train.json'
+    made = json.loads(f.read_text()); renamed(made, None); f.write_text(json.dumps(made))
+    with pytest.raises(InputError, match='trained on the classes disc, square and the data has cell, square'): run(RECIPE, spec, teacher, STUDENT, 'diffkd', 0, tmp_path/'out', progress=False)
+
+
+def test_an_interrupted_validation_leaves_the_student_clean(data):
+    from fastai.basics import CancelValidException
+    student, _ = models(STUDENT, TEACHER)
+    for error in (KeyboardInterrupt, CancelValidException):
+        learn = detection_learner(open_data(data).dls(3, ()), student)
+        class Stop(Callback):
+            def after_loss(self):
+                if not self.training: raise error()
+        learn.add_cb(Stop())
+        try: fit(learn)
+        except KeyboardInterrupt: pass
+        assert n_hooks(student) == 0
+
+
+def test_one_picture_is_shown(data):
+    import matplotlib; matplotlib.use('Agg')
+    learn = detection_learner(open_data(data).dls(3, ()), models(STUDENT, TEACHER)[0])
+    with learn.no_bar(): learn.show_results(max_n=1)
+
+
+def test_a_transform_sees_pictures_and_no_boxes(data):
+    student, teacher = models(STUDENT, TEACHER); seen = []
+    def shift(x): seen.append(tuple(x.shape)); return (x - torch.tensor([.1, .2, .3])[:, None, None]).clamp(0, 1)
+    fit(detection_learner(open_data(data).dls(6, ()), student, DiffKDCallback(teacher, teacher_transform=shift, verbose=False)))
+    assert {len(s) for s in seen} == {3}
+
+
+def test_what_compares_scores_is_refused_in_words(data):
+    student, teacher = models(STUDENT, TEACHER)
+    with pytest.raises(ValueError, match="a detector gives boxes: use 'heads' or 'rois'"): fit(detection_learner(open_data(data).dls(6, ()), student, DistillCallback(teacher, 'kd', verbose=False)))
+    with pytest.raises(InputError, match='has 2 classes, and the data needs 3'): detection_learner(open_data(data).dls(6, ()), models(STUDENT, TEACHER, 2)[0])
+
+
+def test_names_of_voc_have_blanks_and_doubles_are_told(tmp_path):
+    for d in ('JPEGImages', 'Annotations', 'ImageSets/Main'): (tmp_path/d).mkdir(parents=True)
+    for i in range(4):
+        Image.new('RGB', (40, 30)).save(tmp_path/'JPEGImages'/f'{i}.png')
+        (tmp_path/'Annotations'/f'{i}.xml').write_text('<annotation><size><width>40</width><height>30</height></size><object><name>traffic light</name><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>21</ymax></bndbox></object></annotation>')
+    for s,names in dict(train='0\n1\n', val='2\n3\n').items(): (tmp_path/'ImageSets'/'Main'/f'{s}.txt').write_text(names)
+    (tmp_path/'classes.txt').write_text('traffic light\ncat\n')
+    assert open_data(f'voc:{tmp_path}').classes == ['traffic light', 'cat']
+    Image.new('RGB', (40, 30)).save(tmp_path/'JPEGImages'/'2.jpg')
+    with pytest.raises(InputError, match='have one name'): open_data(f'voc:{tmp_path}')
+    (tmp_path/'classes.txt').write_text('\n')
+    (tmp_path/'JPEGImages'/'2.jpg').unlink()
+    with pytest.raises(InputError, match='names no class'): open_data(f'voc:{tmp_path}')
