@@ -167,4 +167,6 @@ def detection_model(
     for k in ('min_size', 'max_size', 'anchor', 'width', 'stride'):
         if k in asked and not (isinstance(asked[k], int) and asked[k]):
             raise InputError(f"model {name!r}: {k} must be a whole number, got {asked[k]!r}. [help: model-name]")
+    if 'max_size' in asked and asked['max_size'] < asked.get('min_size', asked['max_size'] + 1):
+        raise InputError(f"model {name!r}: max_size needs a min_size that is no larger. [help: model-name]")
     return make(name, rest, asked, outputs)

@@ -513,3 +513,12 @@ def test_nothing_to_learn_from_and_what_is_left_out():
     for name in ('acamkd', 'TGeo-KD'):
         with pytest.raises(ValueError, match='left out, since neither'): get_method(name)
     assert method_needs(METHODS['meal']) == 'several teachers (one will do)'
+
+
+@pytest.mark.parametrize('denoiser', ['unet', 'mlp', 'transformer'])
+def test_denoisers_of_other_architectures_train_a_classifier(denoiser):
+    student, teacher = sequential(6), sequential(20)
+    l = learner(student, DiffKDCallback(teacher, denoiser=denoiser, taps=['feature'], verbose=False), dls=dls_of((64, 64)))
+    with quiet(l): l.fit(1, 1e-3)
+    assert all(np.isfinite(v) for v in l.recorder.values[-1]) and list(l.recorder.metric_names[1:3]) == ['train_loss', 'valid_loss']
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student[0].parameters())
