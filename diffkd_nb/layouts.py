@@ -8,6 +8,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/layouts.html.md"""
 from __future__ import annotations
 import difflib, math, re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
@@ -136,12 +137,18 @@ def word_mask(
     inputs:Sequence, # Inputs of a model
     model:nn.Module|None=None # The model, which may have a method `word_mask`, or know the number of the padding word
 ) -> Tensor|None: # (B, N) bool, true where a word is; None where nobody says so
-    "Where the words of a model's inputs are: what the model says, their `attention_mask`, or all but the padding word"
+    "Where words are: what the model says, an input's `attention_mask`, or all but the padding word"
     own = getattr(unwrap(model), 'word_mask', None) if model is not None else None
     if own is not None: return own(*inputs).bool()
-    found = (x.get('attention_mask') for x in inputs if isinstance(x, Mapping))
+    found = [x.get('attention_mask') for x in inputs if isinstance(x, Mapping)] + _by_its_name(inputs, model)
     given = next((m.bool() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
     return _not_padding(inputs, unwrap(model)) if given is None and model is not None else given
+
+def _by_its_name(inputs, model):
+    "The input that the model's `forward` calls `attention_mask`"
+    try: names = list(signature(unwrap(model).forward).parameters)
+    except (AttributeError, TypeError, ValueError): return []
+    return [x for name,x in zip(names, inputs) if name == 'attention_mask']
 
 def _not_padding(inputs, model):
     "By the number of the padding word, where the model knows one and reads nothing but words"
