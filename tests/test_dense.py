@@ -308,7 +308,7 @@ def test_the_step_waits_for_nothing():
         assert not [n for n in seen.names if any(w in n for w in ('_local_scalar_dense', 'nonzero', 'aten.equal', 'masked_select'))], name
 
 
-@pytest.mark.parametrize('denoiser', ['unet', 'mlp'])
+@pytest.mark.parametrize('denoiser', ['mlp', pytest.param('unet', marks=pytest.mark.slow)])
 def test_denoisers_of_other_architectures_on_class_maps(denoiser):
     set_seed(0); row = fit(learner(Dict(4), DiffKDCallback(Dict(8), denoiser=denoiser, verbose=False), size=(64, 96), loss=PixelCrossEntropy()))
     assert all(np.isfinite(v) for k,v in row.items() if k in ('train_loss', 'kd', 'diffusion'))

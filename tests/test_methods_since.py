@@ -515,7 +515,7 @@ def test_nothing_to_learn_from_and_what_is_left_out():
     assert method_needs(METHODS['meal']) == 'several teachers (one will do)'
 
 
-@pytest.mark.parametrize('denoiser', ['unet', 'mlp', 'transformer'])
+@pytest.mark.parametrize('denoiser', ['mlp', *(pytest.param(d, marks=pytest.mark.slow) for d in ('unet', 'transformer'))])
 def test_denoisers_of_other_architectures_train_a_classifier(denoiser):
     student, teacher = sequential(6), sequential(20)
     l = learner(student, DiffKDCallback(teacher, denoiser=denoiser, taps=['feature'], verbose=False), dls=dls_of((64, 64)))
