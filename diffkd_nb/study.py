@@ -67,11 +67,12 @@ class Question:
     fewer:dict=field(default_factory=dict) # Variant to the number of the first seeds, where it gets fewer than all
     looks:Looks|None=None # When to look whether the differences are decided; all seeds by default
     equal_time:str='' # A variant: all train as long as it does; equal steps by default
+    margin:float|None=None # Gain in points that would be worth its cost, where the plan names one
 
     def seeds_of(self, variant): return self.seeds[:self.fewer.get(variant, len(self.seeds))]
 
 # %% ../nbs/32_study.ipynb #3460b4e7
-_IDENTITY = 'denoiser=identity'
+_IDENTITY, _HALF = 'denoiser=identity', .5 # The control; points of a gain that would be worth its cost
 _FIVE = 'kd_weight=5,diffusion_weight=5' # The paper's weight for detectors
 _TEXT = { # Variants of the question about sentences
     'alone': 'alone', 'KD': 'kd', 'DIST': 'dist', 'DKD': 'dkd', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}',
@@ -118,11 +119,12 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'plain': 'diffkd:denoiser=identity,adapter=False', 'KD + DiffKD': 'kd+diffkd:taps=feature',
         'KD + identity': 'kd+diffkd:denoiser=identity,taps=feature'},
         (('DiffKD', 'identity'), ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'alone'),
-         ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108))),
-    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210))),
-    Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE, tuple(range(210, 220))),
-    Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230))),
-    Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE, tuple(range(230, 240))),
+         ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108)), margin=_HALF),
+    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210)), margin=_HALF),
+    Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE, tuple(range(210, 220)), margin=_HALF),
+    Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230)), margin=_HALF),
+    Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE,
+        tuple(range(230, 240)), margin=_HALF),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
         tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
     Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
@@ -133,12 +135,12 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
         'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
-        tuple(range(300, 305))),
+        tuple(range(300, 305)), margin=_HALF),
     Question('detection', 'Does DiffKD carry over to boxes?', 'S6', {
         'alone': 'alone', 'FitNet': 'fitnet:weight=5', 'FGD': 'fgd', 'PKD': 'pkd', 'DiffKD': f'diffkd:{_FIVE}',
         'identity': f'diffkd:{_IDENTITY},{_FIVE}'},
         (('DiffKD', 'identity'), ('DiffKD', 'FitNet'), ('DiffKD', 'FGD'), ('DiffKD', 'PKD'), ('DiffKD', 'alone')),
-        tuple(range(400, 405))),
+        tuple(range(400, 405)), margin=_HALF),
     Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
         tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 
@@ -154,9 +156,10 @@ def get_question(
 QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand on
     Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
         (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
-         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606))),
+         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606)), margin=_HALF),
     Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
-        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)), tuple(range(610, 616))))}
+        tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)),
+        tuple(range(610, 616)), margin=_HALF))}
 
 # %% ../nbs/32_study.ipynb #af9909cd
 _TIMED = { # Variants at equal time
@@ -221,7 +224,7 @@ def answer(self:Question,
     runs = found.runs.assign(method=lambda d: d.method.map(names))
     runs = found.tested(runs[runs.seed.isin(self.seeds)])
     values = {n: g.set_index('seed')[found.task.metric] for n,g in runs.groupby('method')}
-    return contrasts(values, self.differences, **found.correction)
+    return contrasts(values, self.differences, **{**found.correction, 'margin': self.margin or found.correction['margin']})
 
 # %% ../nbs/32_study.ipynb #dfb934fb
 @patch
