@@ -81,6 +81,7 @@ print(list(c.failed.values()))
     assert not c.failed and hashes(c) == hashes(here)
 
 
+@pytest.mark.slow
 def test_interrupted_grid_leaves_no_worker_and_goes_on(teacher, here, tmp_path):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'diffkd_nb.commands', 'compare', '--data', 'digits', '--recipe', 'tiny', '--epochs', '1', '--pair', teacher, 'small:4', '--methods', 'alone', 'dkd',
                           '--seeds', '2', '--jobs', '2', '--threads', '1', '--out', str(tmp_path/'c')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

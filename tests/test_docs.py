@@ -327,9 +327,10 @@ Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done({
   math: document.querySelectorAll('math').length}))"""
 
 
-def test_every_page_in_a_browser(browser, site, pages):
-    "On a screen and on a phone"
-    for name, page in pages.items():
+@pytest.mark.parametrize('every', [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_pages_in_a_browser(browser, site, pages, every):
+    "On a screen and on a phone: the guides and a third of the others, or all"
+    for name, page in [(n, p) for i, (n, p) in enumerate(pages.items()) if n in GUIDES or i % every == 0]:
         visit(browser, site / name)
         for width in (1280, 390):
             look(browser, width)
