@@ -344,7 +344,7 @@ def test_sixteen_bits_are_scaled(kind, ending, tmp_path):
 
 
 @KINDS
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_unreadable_picture_is_one_line_by_command(kind, workers, tmp_path, capfd):
     from diffkd_nb.commands import train_main
     root = tree(tmp_path/'a')
