@@ -99,6 +99,7 @@ def test_killed_and_started_again(tmp_path):
     assert logs(tmp_path/'o') == logs(tmp_path/'whole')
 
 
+@pytest.mark.slow
 def test_interrupt_is_one_line(tmp_path):
     p = workers.start_command(MAIN, '--out', tmp_path/'o', *FEW, '--epochs', '2000')
     wait_for(p, lambda: list((tmp_path/'o'/'students').rglob('log.csv')))

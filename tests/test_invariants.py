@@ -396,6 +396,7 @@ def test_the_whole_distiller_compiles_without_a_graph_break(kw):
     for a,b in zip(res[0][1], res[1][1]): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_taps_train_like_plain_ones(monkeypatch):
     torch._dynamo.reset()
     compile = nn.Module.compile
