@@ -420,7 +420,7 @@ def test_blood_cells(tmp_path, capsys):
     assert data.classes == ['RBC', 'WBC', 'Platelets'] and (data.n_train, data.n_valid, test.n_valid) == (205, 87, 72)
     assert count(data.pictures[0]) == [2382 - 1, 214, 209] and count(data.pictures[1]) == [968 - 1, 87, 83] and count(test.pictures[1]) == [805, 71, 69]
     assert capsys.readouterr().err.count('1 box without area left out') == 3
-    voc = tmp_path/'bccd'/'voc'; (voc/'images').symlink_to(folder/'images'); (voc/'classes.txt').write_text('RBC WBC Platelets')
+    voc = tmp_path/'bccd'/'voc'; (voc/'images').symlink_to(folder/'images'); (voc/'classes.txt').write_text('RBC\nWBC\nPlatelets\n')
     same_boxes = open_data(f'voc:{voc}?empty=drop')
     by_name = {p.file.stem: p for p in data.pictures[0]}
     assert same_boxes.n_train == 205
