@@ -579,7 +579,8 @@ def _check_output(pred, loss):
                          "scores alone. [help: dict-outputs]")
     if len(pred) == 1:
         warn("the student gives a dict of one output, with which fastai's get_preds, predict and show_results end in "
-             "KeyError: 0. Give the Learner Scores(model) to use them. [help: dict-outputs]")
+             "KeyError: 0. To use them, give the Learner a model whose forward gives the scores alone, such as "
+             "Scores(model) for class maps. [help: dict-outputs]")
 
 @patch
 def _give_back_loss(self:DistillCallback):

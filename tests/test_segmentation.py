@@ -173,7 +173,7 @@ def test_what_torchvision_gives_can_be_taken(data, tmp_path, monkeypatch):
         with l.no_bar(), l.no_logging(): l.fit(1, 1e-3)
         return l
     with pytest.raises(ValueError, match='gives a dict .out.*use PixelCrossEntropy'): fit(learn(model, CrossEntropyLossFlat(axis=1, ignore_index=VOID)))
-    with pytest.warns(UserWarning, match='Give the Learner Scores'): fit(learn(model, PixelCrossEntropy()))
+    with pytest.warns(UserWarning, match='such as Scores.model. for class maps'): fit(learn(model, PixelCrossEntropy()))
     l = fit(learn(Scores(model), PixelCrossEntropy()))
     with l.no_bar():
         assert l.get_preds()[0].shape == (opened.n_valid, 3, 24, 32)
