@@ -27,8 +27,8 @@ from .task import Classification, Task
 from .weights import check_names, load_weights, read_weights
 
 # %% auto #0
-__all__ = ['TEXT_MODELS', 'Words', 'TextDL', 'TextData', 'open_text', 'SentenceState', 'TextNet', 'GRU', 'Convolutions',
-           'Transformer', 'text_model', 'TextClassification']
+__all__ = ['TEXT_MODELS', 'Words', 'similar_lengths', 'TextDL', 'TextData', 'open_text', 'SentenceState', 'TextNet', 'GRU',
+           'Convolutions', 'Transformer', 'text_model', 'TextClassification']
 
 # %% ../nbs/16a_text.ipynb #1311778c
 class Words:
@@ -68,10 +68,37 @@ def text(self:Words,
     return ' '.join(self.words[i] for i in row.tolist() if i)
 
 # %% ../nbs/16a_text.ipynb #985c8f99
+def similar_lengths(
+    order:Tensor, # Random order of the samples (N,)
+    lengths:Tensor, # Words of each sample (N,)
+    bs:int, # Samples a batch
+    bucket:int, # Batches that are sorted together
+    g:torch.Generator # For the order of the batches
+) -> Tensor: # (N,); what fills no batch stays last, whatever its length
+    "An order whose batches hold sentences of similar length: sorted within buckets, the batches shuffled"
+    full, rest = order.split([len(order)//bs*bs, len(order) % bs])
+    found = [i[lengths[i].argsort(stable=True)] for i in full.split(bs*bucket)]
+    batches = torch.cat(found).view(-1, bs)
+    return torch.cat([batches[torch.randperm(len(batches), generator=g)].flatten(), rest])
+
+# %% ../nbs/16a_text.ipynb #de580d75
 class TextDL(ArrayDL):
     "Batches of rows, cut to the longest sentence in them"
+    ahead = 1 # Each batch has a length of its own, on a GPU too
+    def __init__(self, dataset, *args, bucket:int=0, **kwargs):
+        super().__init__(dataset, *args, **kwargs)
+        self.bucket = bucket
+
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'bucket': self.bucket, **kwargs})
+
     def _prepare(self, x, view):
         return x[:, :max(1, int((x != 0).sum(1).max()))]
+
+    def get_idxs(self):
+        order, g = self.draw_order()
+        self.drawn = None
+        if not (self.shuffle and self.bucket): return order.tolist()
+        return similar_lengths(order, (self.dataset.x != 0).sum(1).cpu(), self.bs, self.bucket, g).tolist()
 
     def show_batch(self, b=None, max_n=9, **kwargs):
         "Show sentences of a batch with the names of their classes"
@@ -92,6 +119,7 @@ class TextData(Data):
     classes:list # Names of the classes
     name:str # What the data is, for tables
     spec:str='' # What `open_data` opens again, '' where it was made by hand
+    bucket:int=0 # Training batches that are sorted by length together; 0 for batches at random
     task, stats = 'text', None
     def __post_init__(self):
         words = Words(self.x, self.xv)
@@ -123,7 +151,7 @@ def dls(self:TextData,
     for rows,y,train in ((self.rows, self.y, True), (self.rows_valid, self.yv, False)):
         d = ArrayDataset(rows.to(dev), y.to(dev), self.classes); d.words = self.words
         size = batch_size if train else eval_batch or 4*batch_size
-        found.append(TextDL(d, seed=seed, bs=size, shuffle=train, drop_last=train))
+        found.append(TextDL(d, seed=seed, bucket=self.bucket, bs=size, shuffle=train, drop_last=train))
     return DataLoaders(*found, device=dev)
 
 @patch
@@ -202,7 +230,7 @@ def _held_out(found, n):
     return pick(order[:-n]), pick(order[-n:])
 
 # %% ../nbs/16a_text.ipynb #8c166c4c
-def _text_data(found, name, spec):
+def _text_data(found, name, spec, bucket=0):
     "Labelled sentences, those of validation taken out of training"
     (y, x), (yv, xv) = [[list(labels), [' '.join(t.split()) for t in texts]] for labels,texts in found]
     there = set(xv)
@@ -218,21 +246,23 @@ def _text_data(found, name, spec):
     number = {c: i for i,c in enumerate(classes)}
     labels = [torch.tensor([number[l] for l in ls]) for ls in ([y[i] for i in kept], yv)]
     title = f'{name} ({len(kept):,} for training{twice})'
-    return TextData([x[i] for i in kept], labels[0], xv, labels[1], classes, title, spec)
+    return TextData([x[i] for i in kept], labels[0], xv, labels[1], classes, title, spec, bucket)
 
 # %% ../nbs/16a_text.ipynb #d752e306
-_OPTIONS = dict(trec=('holdout',), sst2=('holdout', 'split'), csv=('text', 'label')) # Kind to the options that it takes
+_OPTIONS = {k: (*v, 'bucket') for k,v in dict( # Kind to the options that it takes
+    trec=('holdout',), sst2=('holdout', 'split'), csv=('text', 'label')).items()}
 
 def open_text(
-    spec:str # `'trec:FOLDER?holdout=N'`, `'sst2:FOLDER?split=test'`, `'csv:FILE?text=COLUMN&label=COLUMN'`
+    spec:str # `'trec:FOLDER?holdout=N'`, `'sst2:FOLDER?split=test'`, `'csv:FILE?text=COLUMN&label=COLUMN'`; all: `bucket=N`
 ) -> TextData: # `InputError` for what cannot be found
     "Labelled sentences by their description"
     kind, _, rest = str(spec).partition(':')
     path, _, query = rest.partition('?')
     asked = named_options(f'{spec}: {kind}', query, _OPTIONS.get(kind, ()))
-    n, split = asked.get('holdout', ''), asked.get('split', 'dev')
-    if n and not (n.isdigit() and int(n)):
-        raise InputError(f"{spec}: holdout must be a positive whole number, got {n!r}. [help: data-options]")
+    n, bucket, split = asked.get('holdout', ''), asked.get('bucket', ''), asked.get('split', 'dev')
+    for k,v in dict(holdout=n, bucket=bucket).items():
+        if v and not (v.isdigit() and int(v)):
+            raise InputError(f"{spec}: {k} must be a positive whole number, got {v!r}. [help: data-options]")
     if split not in ('dev', 'test'): raise InputError(f"{spec}: split must be dev or test, got {split!r}. "
                                                       "[help: data-options]")
     if n and 'split' in asked:
@@ -245,7 +275,7 @@ def open_text(
                          "[help: too-little-data]")
     if n: found = _held_out(found, int(n))
     held = f', {n} held out' if n else f', {split}' if kind == 'sst2' else ''
-    return _text_data(found, f'{kind}{held}', data_spec(kind, path, **asked))
+    return _text_data(found, f'{kind}{held}', data_spec(kind, path, **asked), int(bucket or 0))
 
 # %% ../nbs/16a_text.ipynb #a2a81eb8
 class SentenceState(nn.Module):
