@@ -97,10 +97,15 @@ arrays:FOLDER (read into memory),
          CIFAR also with ?holdout=N (validate on the last N training images of each class);
          images in memory also with ?share=X (a random share of the training images);
          with a mask for each picture camvid:FOLDER | cityscapes:FOLDER | segmentation:FOLDER, with ?size=HEIGHTxWIDTH, \
-valid=, holdout=N, limit=N
+valid=, holdout=N, limit=N;
+         with boxes coco:FOLDER | voc:FOLDER, with ?train=, valid=, limit=N;
+         sentences trec:FOLDER | sst2:FOLDER | csv:FILE?text=COLUMN&label=COLUMN, with ?holdout=N and bucket=N (batches \
+of similar length)
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, \
 package.module:function;
-         of masks smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME, pyramid:ENCODER
+         of masks smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME, pyramid:ENCODER;
+         of boxes torchvision:retinanet_resnet50_fpn, detector:FAMILY?encoder=NAME;
+         of sentences bigru:N, textcnn:N, hf:NAME_OR_FOLDER
 methods: alone, {', '.join(METHODS)}
          options after a colon: 'dkd:beta=4', 'diffkd:logits_loss=dist', 'kd:weight=0.9,task_weight=0.1'
          several at once: 'kd+crd'
