@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from .noise_adapter import MapConv
 
 # %% auto #0
 __all__ = ['LinearAutoencoder', 'latent_width']
@@ -23,8 +24,8 @@ class LinearAutoencoder(nn.Module):
         norm:type=nn.BatchNorm2d # Kind of the BatchNorm
     ):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(channels, latent, 1), norm(latent))
-        self.decoder = nn.Conv2d(latent, channels, 1)
+        self.encoder = nn.Sequential(MapConv(channels, latent, 1), norm(latent))
+        self.decoder = MapConv(latent, channels, 1)
 
     def forward(self,
         teacher:Tensor, # (B, C, H, W)

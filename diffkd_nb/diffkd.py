@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .taps import Tap
 from .rng import Draws
 from .padding import PaddedNorm, padding_at, split_mark, words_of
-from .noise_adapter import NoiseAdapter, mix
+from .noise_adapter import MapConv, NoiseAdapter, mix
 from .autoencoder import LinearAutoencoder, latent_width
 from .shared_linear import shared_weights
 from .diffusion import N_TIMES, NoiseSchedule, ddim_coefficients, ddim_denoise, diffusion_loss
@@ -153,7 +153,7 @@ def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter
     wide = latent_width(teacher_channels, latent) if self.kind in ('feature', 'words') else None
     L = self.width = wide or teacher_channels
     self.autoencoder = LinearAutoencoder(teacher_channels, L, norm) if wide else None
-    self.project_in = nn.Conv2d(student_channels, L, 1) if maps else nn.Linear(student_channels, L)
+    self.project_in = MapConv(student_channels, L, 1) if maps else nn.Linear(student_channels, L)
     self.adapter = NoiseAdapter(L, self.form, self.least[1]) if adapter else None
     none = isinstance(denoiser, str) and denoiser == 'identity'
     self.denoiser = None if none else make_denoiser(denoiser, L, self.form, self.least[0])
@@ -161,7 +161,7 @@ def _make_parts(self:DiffKD, student_channels, teacher_channels, latent, adapter
     if self.norms is not None and not len(self.norms):
         raise ValueError("norms='separate' needs a denoiser with BatchNorm layers: leave it out. "
                          "[help: method-options]")
-    out = [nn.Conv2d(L, L, 1), norm(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
+    out = [MapConv(L, L, 1), norm(L)] if maps else [nn.Linear(L, L), nn.BatchNorm1d(L)]
     self.project_out = nn.Sequential(*out)
     self.schedule = NoiseSchedule()
 

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .rng import Draws
 from .padding import PaddedNorm
-from .noise_adapter import Bottleneck, at_positions
+from .noise_adapter import Bottleneck, MapConv, at_positions
 from .shared_linear import SharedLinear
 
 # %% auto #0
@@ -58,7 +58,7 @@ class Denoiser(nn.Module):
         if kind != 'logits':
             words = kind == 'words'
             blocks = [Bottleneck(L, 4, least, words) for _ in range(2)]
-            self.net = nn.Sequential(*blocks, nn.Conv2d(L, L, 1), (PaddedNorm if words else nn.BatchNorm2d)(L))
+            self.net = nn.Sequential(*blocks, MapConv(L, L, 1), (PaddedNorm if words else nn.BatchNorm2d)(L))
         else:
             def up(): return [SharedLinear(L, 4*L), nn.BatchNorm1d(4*L), nn.ReLU(inplace=True), SharedLinear(4*L, L)]
             self.net = nn.Sequential(*up(), nn.BatchNorm1d(L), *up())

@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
+from torch.nn import functional as F
 from .padding import PaddedNorm, WordMean
 
 # %% auto #0
-__all__ = ['Bottleneck', 'at_positions', 'NoiseAdapter', 'mix']
+__all__ = ['MapConv', 'Bottleneck', 'at_positions', 'NoiseAdapter', 'mix']
+
+# %% ../nbs/01_noise_adapter.ipynb #a9bc04f3
+class MapConv(nn.Conv2d):
+    "`nn.Conv2d` that keeps the size of a map (stride 1, odd kernel), as a matrix product on maps of one position"
+    def forward(self, x:Tensor) -> Tensor: # (B, C, H, W) to (B, D, H, W)
+        if x.shape[2:] != (1, 1): return super().forward(x)
+        h, w = (k//2 for k in self.kernel_size)
+        return F.linear(x.flatten(1), self.weight[:, :, h, w], self.bias)[..., None, None]
 
 # %% ../nbs/01_noise_adapter.ipynb #3f83b3fb
 class Bottleneck(nn.Module):
@@ -26,9 +35,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         c, norm = max(channels//reduction, least), PaddedNorm if words else nn.BatchNorm2d
         size, around = ((3, 1), (1, 0)) if words else (3, 1)
-        self.block = nn.Sequential(nn.Conv2d(channels, c, 1), norm(c), nn.ReLU(inplace=True),
-                                   nn.Conv2d(c, c, size, padding=around), norm(c), nn.ReLU(inplace=True),
-                                   nn.Conv2d(c, channels, 1), norm(channels))
+        self.block = nn.Sequential(MapConv(channels, c, 1), norm(c), nn.ReLU(inplace=True),
+                                   MapConv(c, c, size, padding=around), norm(c), nn.ReLU(inplace=True),
+                                   MapConv(c, channels, 1), norm(channels))
 
     def forward(self, x:Tensor) -> Tensor: return x + self.block(x)
 
