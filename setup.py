@@ -58,7 +58,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[name, name + '.*']),
     install_requires=cfg['requirements'].split(),
-    package_data={name: ['published.csv']},
+    package_data={name: ['published.csv', 'measured.csv']},
     extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split(),
                     'text': cfg['text_requirements'].split(),
                     'dense': cfg['dense_requirements'].split(),

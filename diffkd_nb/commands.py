@@ -18,8 +18,9 @@ from .files import InputError, process_rank, world_size
 from .grid import EXECUTORS
 from .engine import ENGINES
 from .looks import Looks
-from .methods import METHODS, which_method
+from .methods import METHODS
 from .precision import PRECISIONS
+from .published import method_table
 from .recipes import RECIPES, Recipe, get_recipe
 from .run import run_setup
 from .setup import Job, Setup, split_options
@@ -173,10 +174,21 @@ def guarded(
 
 # %% ../nbs/30_commands.ipynb #0a44f63e
 def methods_text() -> str:
-    "What each method needs, where it looks, what it adds and when to use it"
-    rows = [f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}\n{'':10}{_in_dense(r)}{r.use}"
-            for n,r in which_method().iterrows()]
-    return '\n'.join(map(str.rstrip, '\n'.join(rows).splitlines()))
+    "What each method needs, where it looks, what it adds and costs, what came out and when to use it"
+    rows = [[f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}", _figures(r), _in_dense(r) + r.use]
+            for n,r in method_table().iterrows()]
+    lines = ['\n          '.join(filter(None, row)) for row in rows]
+    return '\n'.join([*map(str.rstrip, '\n'.join(lines).splitlines()), '', _FIGURES])
+
+_FIGURES = """step: time of a training step beside one without a teacher, ResNet-32 to ResNet-8 on one CPU thread
+here: accuracy in % of that student on CIFAR-100 after a short training, mean of three seeds (gain over no teacher)
+paper: published accuracies on CIFAR-100, ResNet-56 to ResNet-20 and ResNet-32x4 to ResNet-8x4"""
+
+def _figures(row):
+    "What was measured and published"
+    paper = [row[p] for p in ('R56-R20', 'R32x4-R8x4')]
+    known = dict(step=row.step + ' x', here=row.here, paper=' and '.join(paper))
+    return ', '.join(f'{k} {v}' for k,v in known.items() if v[0] != '-')
 
 def _in_dense(row):
     "Where a method looks in segmentation, if elsewhere"

@@ -10,9 +10,10 @@ import csv
 from functools import lru_cache
 from importlib import resources
 import pandas as pd
+from .methods import which_method
 
 # %% auto #0
-__all__ = ['all_published', 'published']
+__all__ = ['all_published', 'published', 'method_table']
 
 # %% ../nbs/13a_published.ipynb #f02526d0
 def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, student, method, metric, value, ...
@@ -81,3 +82,21 @@ def published(
                 dataset=dataset, metric=metric)
     if method: want['method'] = _METHODS.get(method, method)
     return [dict(r) for r in _figures() if want.items() <= r.items()]
+
+# %% ../nbs/13a_published.ipynb #8a62fd8d
+_PAIRS = {'R56-R20': ('resnet56', 'resnet20'), 'R32x4-R8x4': ('resnet32x4', 'resnet8x4')}
+_TTM = {'R56-R20': dict(ttm=71.83, wttm=71.92), 'R32x4-R8x4': dict(ttm=76.17, wttm=76.06)} # Of the program zkxufo/TTM
+
+def _printed(pair, method):
+    "A published figure, None where there is none"
+    found = published(*_PAIRS[pair], method)
+    return found[0]['value'] if found else _TTM[pair].get(method)
+
+def method_table() -> pd.DataFrame: # One row a method; '-' where nothing was measured or published
+    "`which_method`, and: step in multiples of training alone; accuracy here in %, with the gain; published accuracies"
+    table = which_method()
+    ours = pd.read_csv(resources.files('diffkd_nb')/'measured.csv', index_col='method').reindex(table.index)
+    shown = lambda v, form: '-' if v is None or pd.isna(v) else form.format(v)
+    here = ['-' if pd.isna(a) else f'{a:.2f} ({d:+.2f})' for a,d in zip(ours.accuracy, ours.difference)]
+    theirs = {p: [shown(_printed(p, m), '{:.2f}') for m in table.index] for p in _PAIRS}
+    return table.assign(step=[shown(v, '{:.2f}') for v in ours.step], here=here, **theirs)

@@ -1,5 +1,5 @@
 "One number stands for one thing: what several pages say is compared with the source that all of them should have"
-import json, re
+import json, re, sys
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
@@ -11,6 +11,8 @@ from diffkd_nb.published import published
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'results'
+sys.path.insert(0, str(ROOT/'tools'))
+import measured        # noqa: E402
 
 
 @lru_cache
@@ -76,3 +78,8 @@ def test_every_verdict_on_a_page_is_one_of_a_stored_comparison():
     said = r'[a-z][\w:=.]*(?:,\w+=\w+)* - [a-z][\w:=.]*(?:,\w+=\w+)*: [+-]\d+\.\d+ points, corrected [^:]*? seeds: [a-z ]+\.'
     found = [(p, m[0]) for p, text in pages().items() if not p.startswith(('26b_', '27_', '30_')) for m in re.finditer(said, text)]
     assert len(found) > 30 and not (wrong := [(p, v) for p, v in found if v not in true]), wrong
+
+
+def test_the_installed_table_says_what_was_stored():
+    "`measured.csv`, which the command line reads, and the stored bench and runs"
+    assert (ROOT/'diffkd_nb'/'measured.csv').read_text() == measured.measured(), 'run tools/measured.py'
