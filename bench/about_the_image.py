@@ -11,20 +11,18 @@ from pathlib import Path
 import pandas as pd, torch
 from diffkd_nb.stored_runs import Comparison
 from diffkd_nb.diffkd import trajectory
-from diffkd_nb.feature_measures import about_the_sample
+from diffkd_nb.feature_measures import about_the_sample, adds_words, what_denoising_adds
 from diffkd_nb.files import file_hash
 from diffkd_nb.methods import parse_method
 from diffkd_nb.plots import tap_features
 from diffkd_nb.rng import Draws
 from diffkd_nb.run import stored_learner
-from diffkd_nb.statistics import contrasts
 from diffkd_nb.study import SETTINGS, get_question
 from diffkd_nb.tasks import open_data
 from rows import Rows
 
 FILES = 'manifest.json', 'student.safetensors', 'distiller.safetensors'
 DENOISER, CONTROL = 'DiffKD', 'identity'
-DIFFERENCES = ('about', 'denoised', 'before'), ('about', 'denoised', CONTROL), ('average', 'denoised', 'before'), ('own', 'denoised', 'before')
 
 
 def shown(x, form): return x.softmax(1) if form in ('dense', 'logits') else x
@@ -59,16 +57,7 @@ def answer(rows, seeds):
     table = pd.DataFrame(rows)
     of = lambda map_, what: table[(table['map'] == map_) & (table.variant == (CONTROL if map_ == CONTROL else DENOISER))].set_index('seed')[what] if len(table) else pd.Series(dtype=float)
     if any(set(of(m, 'own').index) != set(seeds) for m in ('before', 'denoised', CONTROL)): return None
-    return contrasts({f'{what}, {m}': of(m, what) for what,a,b in DIFFERENCES for m in (a, b)}, [(f'{what}, {a}', f'{what}, {b}') for what,a,b in DIFFERENCES])
-
-
-def verdict(found):
-    "In words, by the rule of the plan"
-    more, than_control, average = (v == 'better' for v in found.verdict.iloc[:3])
-    shared = ' and what all pictures share' if average else ''
-    if more and than_control: return 'about the picture' + shared
-    if more: return f'about the picture{shared}, and no more so than the control is without a denoiser'
-    return 'what all pictures share' if average else "nothing that is the teacher's"
+    return what_denoising_adds(table[(table.variant == CONTROL) == (table['map'] == CONTROL)])
 
 
 def main():
@@ -91,7 +80,7 @@ def main():
         for name,m in {**maps, 'teacher': teacher}.items(): rows.add(variant=v, seed=s, map=name, pictures=len(m), **about_the_sample(m, teacher, y), run=file_hash(f/FILES[0])[:16])
     found = answer(rows, q.seeds)
     if found is None: return print(f'{len({r["seed"] for r in rows})} of {len(q.seeds)} planned seeds, perhaps not of both variants: no result.')
-    print(found.round(3).to_string()); print(f'What denoising adds is {verdict(found)}.')
+    print(found.round(3).to_string()); print(f'What denoising adds is {adds_words(found)}.')
 
 
 if __name__ == '__main__': main()

@@ -100,8 +100,7 @@ arrays:FOLDER (read into memory),
          with a mask for each picture camvid:FOLDER | cityscapes:FOLDER | segmentation:FOLDER, with ?size=HEIGHTxWIDTH, \
 valid=, holdout=N, limit=N;
          with boxes coco:FOLDER | voc:FOLDER, with ?train=, valid=, limit=N;
-         sentences trec:FOLDER | sst2:FOLDER | csv:FILE?text=COLUMN&label=COLUMN, with ?holdout=N and bucket=N (batches \
-of similar length)
+         sentences trec:FOLDER | sst2:FOLDER | csv:FILE?text=COLUMN&label=COLUMN, with ?holdout=N and bucket=N
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, \
 package.module:function;
          of masks smp:ARCHITECTURE?encoder=NAME&output_stride=8, torchvision:NAME, unet:NAME, pyramid:ENCODER;
@@ -175,8 +174,8 @@ def guarded(
 # %% ../nbs/30_commands.ipynb #0a44f63e
 def methods_text() -> str:
     "What each method needs, where it looks, what it adds and costs, what came out and when to use it"
-    rows = [[f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}", _figures(r), _in_dense(r) + r.use]
-            for n,r in method_table().iterrows()]
+    rows = [[f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}",
+             _figures(r), _in_dense(r) + r.use] for n,r in method_table().iterrows()]
     lines = ['\n          '.join(filter(None, row)) for row in rows]
     return '\n'.join([*map(str.rstrip, '\n'.join(lines).splitlines()), '', _FIGURES])
 

@@ -7,11 +7,14 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/feature_measures.html.md"""
 # %% ../nbs/25a_feature_measures.ipynb #4db66d59
 from __future__ import annotations
 import math
+import pandas as pd
 import torch
 from torch import Tensor
+from .statistics import contrasts
 
 # %% auto #0
-__all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'unbiased_cka', 'linear_residual', 'about_the_sample']
+__all__ = ['class_signal', 'spectrum_entropy', 'linear_cka', 'unbiased_cka', 'linear_residual', 'about_the_sample',
+           'what_denoising_adds', 'adds_words']
 
 # %% ../nbs/25a_feature_measures.ipynb #f0e61d27
 def _samples(x):
@@ -124,3 +127,24 @@ def about_the_sample(
     alike = lambda z: unbiased_cka(x, z) if n > 3 else math.nan
     return {**found, 'about': found['own'] - found['other'],
             'CKA': alike(flat), 'CKA of others': alike(flat.roll(n//2, 0))}
+
+# %% ../nbs/25a_feature_measures.ipynb #b8ac2459
+_ADDS = ('about', 'before'), ('about', 'identity'), ('average', 'before'), ('own', 'before') # Denoised minus which map
+
+def what_denoising_adds(
+    rows:pd.DataFrame # A row a map and seed: `map` (before, denoised, identity), `seed`, and `about_the_sample`'s
+) -> pd.DataFrame: # One row a difference, see `contrasts`
+    "The planned differences of question 6, tested together with Holm's correction"
+    of = lambda name, what: rows[rows['map'] == name].drop_duplicates('seed').set_index('seed')[what]
+    values = {f'{what}, {name}': of(name, what) for what,against in _ADDS for name in ('denoised', against)}
+    return contrasts(values, [(f'{what}, denoised', f'{what}, {against}') for what,against in _ADDS])
+
+def adds_words(
+    found:pd.DataFrame # From `what_denoising_adds`
+) -> str: # What denoising adds
+    "By the rule of the plan"
+    more, than_control, average = (v == 'better' for v in found.verdict.iloc[:3])
+    shared = ' and what all pictures share' if average else ''
+    if more and than_control: return 'about the picture' + shared
+    if more: return f'about the picture{shared}, and no more so than the control is without a denoiser'
+    return 'what all pictures share' if average else "nothing that is the teacher's"

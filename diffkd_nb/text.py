@@ -89,7 +89,8 @@ class TextDL(ArrayDL):
         super().__init__(dataset, *args, **kwargs)
         self.bucket = bucket
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'bucket': self.bucket, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{'bucket': self.bucket, **kwargs})
 
     def _prepare(self, x, view):
         return x[:, :max(1, int((x != 0).sum(1).max()))]
@@ -253,7 +254,7 @@ _OPTIONS = {k: (*v, 'bucket') for k,v in dict( # Kind to the options that it tak
     trec=('holdout',), sst2=('holdout', 'split'), csv=('text', 'label')).items()}
 
 def open_text(
-    spec:str # `'trec:FOLDER?holdout=N'`, `'sst2:FOLDER?split=test'`, `'csv:FILE?text=COLUMN&label=COLUMN'`; all: `bucket=N`
+    spec:str # `trec:FOLDER?holdout=N`, `sst2:FOLDER?split=test`, `csv:FILE?text=COLUMN&label=COLUMN`; all: `bucket=N`
 ) -> TextData: # `InputError` for what cannot be found
     "Labelled sentences by their description"
     kind, _, rest = str(spec).partition(':')
