@@ -120,4 +120,4 @@ def _look(self:DSKD, clean, y, t, said):
     own = self.head.logits(t)
     if self.scores.output == 'probabilities': own = own.log_softmax(1)
     right = (self.head.read(clean).argmax(1) == y).float().mean()
-    self.stats = {'right': right, 'head_gap': (own - said).abs().mean()}
+    self.stats = {'right': right, 'head_gap': self.head.gap(own, said)}

@@ -6,7 +6,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/head.html.md"""
 
 # %% ../nbs/06c_head.ipynb #f907fd99
 from __future__ import annotations
-import math
+import math, warnings
 from collections.abc import Sequence
 import torch
 from fastcore.basics import patch
@@ -147,6 +147,7 @@ class TeacherHead(nn.Module):
         linear, self.grid = find_classifier(teacher, feature, classes, name)
         found = find_norm(teacher, feature, linear) if self.grid == (1, 1) else None
         self.norm, self.before = (FrozenNorm(found[0]), found[1]) if found else (None, False)
+        self.compared = False
         for n in ('weight', 'bias'):
             own = getattr(linear, n)
             self.register_buffer(n, None if own is None else own.detach().clone(), persistent=False)
@@ -169,6 +170,21 @@ def read(self:TeacherHead, pooled:Tensor) -> Tensor: # (B, K)
 def logits(self:TeacherHead, x:Tensor) -> Tensor: # (B, K)
     "What the teacher's classifier makes of a map (B, C, H, W)"
     return self.read(self.pool(x))
+
+@patch
+def gap(self:TeacherHead,
+    own:Tensor, # Logits of the copy, on the teacher's own map (B, K)
+    said:Tensor # The teacher's logits (B, K)
+) -> Tensor: # Mean difference
+    "How far the copy is from the teacher; warns in the first batch where it is far, as behind a ReLU that is no module"
+    gap = (own - said).abs().mean().detach()
+    if self.compared or len(said) < 2 or torch.compiler.is_compiling(): return gap
+    self.compared, far, spread = True, float(gap), float((said - said.mean(0)).abs().mean())
+    if far > .2*spread: warnings.warn(
+        f"the teacher's classifier, on the teacher's own map, differs from the teacher's scores by {far:.2g}, and these "
+        f"differ between samples by {spread:.2g}: something without parameters lies between the map and the classifier. "
+        "Tap what it reads. [help: teacher-classifier]", stacklevel=2)
+    return gap
 
 # %% ../nbs/06c_head.ipynb #b19bc7d9
 def _shares(size, blocks, like):
@@ -232,5 +248,5 @@ def losses(self:SRRL, student, teacher, target=None):
     _, logits = self.scores(student[scores].flatten(1), teacher[scores].flatten(1))
     read, own = self.head.read(s), self.head.read(t)
     if self.scores.output == 'probabilities': read, own = read.log_softmax(1), own.log_softmax(1)
-    self.stats = {'head_gap': (own - logits).abs().mean()}
+    self.stats = {'head_gap': self.head.gap(own, logits)}
     return {'matching': self.matching*F.mse_loss(s, t), 'regression': self.regression*F.mse_loss(read, logits)}

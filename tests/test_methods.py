@@ -10,6 +10,8 @@ from diffkd_nb.rng import Draws
 from diffkd_nb.layouts import Layout
 from diffkd_nb.taps import Place, Tap
 
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher's classifier:UserWarning")      # tensors here are made up
+
 B, K, N = 6, 4, 12
 OURS = ['kd', 'dkd', 'dist', 'fitnet', 'rkd', 'pkt', 'crd', 'srrl', 'vid', 'reviewkd', 'ofa'] # the later ones: test_methods_since
 PURE = ['kd', 'dkd', 'dist', 'rkd', 'pkt'] # without parameters: 0 where student and teacher agree

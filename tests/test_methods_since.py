@@ -21,6 +21,8 @@ from diffkd_nb.weights import read_weights, save_weights, state_hash
 import test_methods as old
 from test_methods import LOGITS, N, call, check_sizes, draws, finite, gradients, inputs, place, places, plan_of, sizes, tap, teacher_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher's classifier:UserWarning")      # tensors here are made up
+
 LOGIT = ['ttm', 'wttm', 'gdkd', 'taid', 'pskd', 'meal']
 SINCE = LOGIT + ['fmkt', 'lshfm', 'cankd', 'dskd', 'cwd', 'cirkd', 'maskd']
 LABELLED = [n for n in SINCE if METHODS[n].hard_labels]
