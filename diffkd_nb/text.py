@@ -78,7 +78,7 @@ def similar_lengths(
     "An order whose batches hold sentences of similar length: sorted within buckets, the batches shuffled"
     full, rest = order.split([len(order)//bs*bs, len(order) % bs])
     found = [i[lengths[i].argsort(stable=True)] for i in full.split(bs*bucket)]
-    batches = torch.cat(found).view(-1, bs)
+    batches = torch.cat(found).view(len(full)//bs, bs)
     return torch.cat([batches[torch.randperm(len(batches), generator=g)].flatten(), rest])
 
 # %% ../nbs/16a_text.ipynb #de580d75
@@ -98,7 +98,7 @@ class TextDL(ArrayDL):
     def get_idxs(self):
         order, g = self.draw_order()
         self.drawn = None
-        if not (self.shuffle and self.bucket): return order.tolist()
+        if not (self.shuffle and self.bucket and self.bs): return order.tolist()
         return similar_lengths(order, (self.dataset.x != 0).sum(1).cpu(), self.bs, self.bucket, g).tolist()
 
     def show_batch(self, b=None, max_n=9, **kwargs):
