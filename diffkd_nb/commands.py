@@ -20,7 +20,7 @@ from .engine import ENGINES
 from .looks import Looks
 from .methods import METHODS
 from .precision import PRECISIONS
-from .published import method_table
+from .published import method_figures
 from .recipes import RECIPES, Recipe, get_recipe
 from .run import run_setup
 from .setup import Job, Setup, split_options
@@ -175,7 +175,7 @@ def guarded(
 def methods_text() -> str:
     "What each method needs, where it looks, what it adds and costs, what came out and when to use it"
     rows = [[f"{n:9} {r.taps:16} {r.adds:>11} parameters  {r.needs and 'needs ' + r.needs}",
-             _figures(r), _in_dense(r) + r.use] for n,r in method_table().iterrows()]
+             _figures(r), _in_dense(r) + r.use] for n,r in method_figures().iterrows()]
     lines = ['\n          '.join(filter(None, row)) for row in rows]
     return '\n'.join([*map(str.rstrip, '\n'.join(lines).splitlines()), '', _FIGURES])
 

@@ -13,7 +13,7 @@ import pandas as pd
 from .methods import which_method
 
 # %% auto #0
-__all__ = ['all_published', 'published', 'method_table']
+__all__ = ['all_published', 'published', 'method_figures']
 
 # %% ../nbs/13a_published.ipynb #f02526d0
 def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, student, method, metric, value, ...
@@ -92,7 +92,7 @@ def _printed(pair, method):
     found = published(*_PAIRS[pair], method)
     return found[0]['value'] if found else _TTM[pair].get(method)
 
-def method_table() -> pd.DataFrame: # One row a method; '-' where nothing was measured or published
+def method_figures() -> pd.DataFrame: # One row a method; '-' where nothing was measured or published
     "`which_method`, and: step in multiples of training alone; accuracy here in %, with the gain; published accuracies"
     table = which_method()
     ours = pd.read_csv(resources.files('diffkd_nb')/'measured.csv', index_col='method').reindex(table.index)

@@ -241,6 +241,7 @@ def learner_of(name, k, output):
     return plan, Context(teacher=teacher, n_data=N, labels=torch.arange(N) % 3, output=output)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's classifier:UserWarning")      # tensors here are made up
 @pytest.mark.parametrize('kind', [*LEARNERS])
 @pytest.mark.parametrize('name', [n for n,c in METHODS.items() if not c.for_boxes])
 def test_the_table_is_what_happens(name, kind):
