@@ -132,8 +132,9 @@ OPTIMIZERS = { # Name to a function of a recipe that gives an optimiser of PyTor
     'sgd': lambda r: partial(torch.optim.SGD, momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay),
     # TensorFlow's, as in timm's EfficientNet training
     'rmsprop': lambda r: partial(RMSpropTF, alpha=.9, eps=1e-3, momentum=r.momentum, weight_decay=r.weight_decay),
-    'adamw': lambda r: partial(torch.optim.AdamW, weight_decay=r.weight_decay, fused=True),
-    'adam': lambda r: partial(torch.optim.Adam, weight_decay=r.weight_decay, fused=True)}
+    # One fused pass for sentences alone: it is wrong, silently, where kernels of maps change their memory layout
+    'adamw': lambda r: partial(torch.optim.AdamW, weight_decay=r.weight_decay, fused=not r.augmentation or None),
+    'adam': lambda r: partial(torch.optim.Adam, weight_decay=r.weight_decay, fused=not r.augmentation or None)}
 
 # %% ../nbs/13_recipes.ipynb #0046d3c8
 _FIELDS = { # Field to test and what is expected
