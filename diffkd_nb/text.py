@@ -95,11 +95,10 @@ class TextDL(ArrayDL):
     def _prepare(self, x, view):
         return x[:, :max(1, int((x != 0).sum(1).max()))]
 
-    def get_idxs(self):
-        order, g = self.draw_order()
-        self.drawn = None
-        if not (self.shuffle and self.bucket and self.bs): return order.tolist()
-        return similar_lengths(order, (self.dataset.x != 0).sum(1).cpu(), self.bs, self.bucket, g).tolist()
+    def draw_order(self):
+        order, g = super().draw_order()
+        if not (self.shuffle and self.bucket and self.bs): return order, g
+        return similar_lengths(order, (self.dataset.x != 0).sum(1).cpu(), self.bs, self.bucket, g), g
 
     def show_batch(self, b=None, max_n=9, **kwargs):
         "Show sentences of a batch with the names of their classes"
