@@ -140,6 +140,7 @@ def varied(
 
 # %% ../nbs/25b_looks.ipynb #60a2c6ea
 _FREE = 'method', 'seed', 'teacher', 'teacher_hash', 'teacher_stats' # Settings in which the runs of a pair may differ
+_OF_SEED = 'graph', 'teacher_hash' # Settings that the runs of a seed share, and other seeds need not
 _LENGTH = 'name', 'epochs', 'steps', 'schedule', 'warmup' # Fields of a recipe in which methods of equal time differ
 
 def _shared(s, keys, equal_time):
@@ -161,7 +162,7 @@ def unlike(
     for f,m in manifests.items():
         s, pair = m['settings'], f.split('/')[0]
         for k,v in _shared(s, keys, equal_time).items():
-            beside, was = first.setdefault((pair, k, s['seed'] if k in by_seed or k == 'graph' else None), (f, v))
+            beside, was = first.setdefault((pair, k, s['seed'] if k in by_seed or k in _OF_SEED else None), (f, v))
             if v != was: found.append(f'{k} of {f} is {v!r}, of {beside} {was!r}')
         found += [f'{k} of {f} is not {v!r}' for k,v in varied(by_seed, s['seed']).items() if s.get(k, VARIED[k]) != v]
     return found

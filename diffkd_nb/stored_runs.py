@@ -7,6 +7,7 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/stored_runs.html.md"""
 # %% ../nbs/26b_stored_runs.ipynb #5d94071f
 from __future__ import annotations
 import json, math
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -226,8 +227,8 @@ def _line(r, metric):
 def _title(self:Comparison, student, teacher, ref):
     "What the table of a pair shows"
     task = self.task
-    good = next((v[task.metric] for v in self.teachers.values() if v['name'] == teacher), None)
-    said = '' if good is None else f' ({task.text(good)})'
+    good = [task.text(v[task.metric]) for v in self.teachers.values() if v['name'] == teacher]
+    said = f" ({' and '.join(good)})" if good else ''
     what = f'{task.metric} in {task.unit}' if task.unit else task.metric
     time = f'; all train as long as {self.equal_time}' if self.equal_time else ''
     return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed{time}'
@@ -267,7 +268,15 @@ def notes(self:Comparison) -> list[str]: # The last one about the looks, where t
     found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain "
              "what that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
     if self.equal_time: found.append(self._time_note())
+    found += [f"{name} are {n} teachers of one name and other weights; the runs of a seed share one, so the intervals contain "
+              "what the teachers differ in." for name,n in self._several_teachers().items()]
     return found if self.looks is None else [*found, self._looks_note()]
+
+@patch
+def _several_teachers(self:Comparison):
+    "Name to how many taught under it, where it is more than one"
+    taught = {(s['teacher'], s['teacher_hash']) for m in self.manifests.values() if (s := m['settings']).get('teacher_hash')}
+    return {name: n for name,n in Counter(name for name,_ in sorted(taught)).items() if n > 1}
 
 @patch
 def _time_note(self:Comparison):
