@@ -96,7 +96,7 @@ def compare(
     executor:str='process', # `'process'`, `'ray'`, `'here'` or `'streams'`
     minutes:float|None=None, # Stop after so long; unfinished cells keep their last checkpoint for the next call
     progress:bool=True, # Show a progress bar
-    keep_student:bool|list=True, # Store the students: of all seeds, none, or those listed
+    keep_student:bool|list|dict=True, # Store the students: of all seeds, none, those listed, or method to those
     share_teacher:bool=False, # Train the methods of a pair and a seed in one process, with one pass of the teacher
     by_seed:dict|None=None, # What else a seed varies, such as `{'channels_last': [True, False]}`, see `varied`
     equal_time:str|None=None, # A method: each trains as long as it does, by what its steps take, see `step_ratios`
@@ -150,10 +150,12 @@ def _check_options(options, by_seed, equal_time, share_teacher, executor):
 def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     "Folder of each cell to its setup and job"
     decides, rest = split_options(options)
-    kept = lambda seed: keep if isinstance(keep, bool) else seed in keep
+    def kept(c):
+        if isinstance(keep, bool): return keep
+        return c.seed in (keep.get(str(parse_method(c.method)), ()) if isinstance(keep, dict) else keep)
     return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
                              **{**decides, **varied(by_seed, c.seed)}),
-                       Job(out/c.folder, threads=threads, keep_student=kept(c.seed), **rest)) for c in cells}
+                       Job(out/c.folder, threads=threads, keep_student=kept(c), **rest)) for c in cells}
 
 def _of_equal_time(runs, method, out, sources, n_train):
     "The runs, each as long as a method's where one is named, and what steps take"

@@ -36,11 +36,13 @@ class Setting:
     core_minutes:float # Of one run on one core, measured once; a guess until runs are on record
     query:str='' # What follows the folder in the description of the data, such as `'holdout=500'`
     by_seed:dict=field(default_factory=dict) # What else a seed varies, see `compare`
+    stored:tuple=() # Methods whose first student is stored; all where empty
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
-    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
+    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.,
+                  stored=('kd', 'kd+diffkd:taps=feature')),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
@@ -318,7 +320,8 @@ def study(
     each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
     if q.looks is not None: each = _planned_looks(q, each, here)
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
-    how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=[q.seeds[0]])
+    keep = {str(parse_method(m)): q.seeds[:1] for m in s.stored} or list(q.seeds[:1])
+    how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=keep)
     plan = dict(by_seed=s.by_seed, equal_time=q.variants[q.equal_time] if q.equal_time else None)
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,
                    s.describe(data), out, threads=1, minutes=minutes, cache=cache, progress=progress,

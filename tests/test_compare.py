@@ -122,8 +122,8 @@ def test_a_pair_without_feature_maps_is_compared_on_methods_that_need_none(tmp_p
     t = run(RECIPE, 'digits', None, 'test_compare:mlp', 'alone', 0, tmp_path/'teacher', progress=False, keep_student=True)
     pair = f"test_compare:mlp@{tmp_path/'teacher'/'student.safetensors'}", 'test_compare:mlp'
     assert t['status'] == 'finished' and run(RECIPE, 'digits', *pair, 'kd', 0, tmp_path/'kd', progress=False)['taps'][0]['kind'] == 'logits'
-    c = grid(None, tmp_path/'c', pairs=[pair], methods=['alone', 'kd'], seeds=1, executor='here')
-    assert not c.failed and len(c.manifests) == 2
+    c = grid(None, tmp_path/'c', pairs=[pair], methods=['alone', 'kd'], seeds=1, executor='here', keep_student={'kd': [0]})
+    assert not c.failed and len(c.manifests) == 2 and [f.parts[-3] for f in (tmp_path/'c').rglob('student.safetensors')] == ['kd']
     with pytest.raises(ValueError, match='no module that gives a feature map'): grid(None, tmp_path/'d', pairs=[pair], methods=['alone', 'fitnet'], seeds=1, executor='here')
 
 
