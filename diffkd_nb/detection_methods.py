@@ -19,7 +19,7 @@ from .diffkd import align_maps
 
 # %% auto #0
 __all__ = ['box_masks', 'same_width', 'BoxFitNet', 'channel_attention', 'GcBlock', 'FGD', 'standard_channels', 'PKD',
-           'anchor_scores', 'HeadKD', 'RoIKD', 'richness', 'FRS']
+           'anchor_scores', 'HeadKD', 'RoIKD', 'by_level', 'richness', 'FRS']
 
 # %% ../nbs/06h_detection_methods.ipynb #6c917aa3
 def box_masks(
@@ -238,18 +238,25 @@ class RoIKD(Distiller):
         return {'classes': self.classes*kl_loss(s, t, self.temperature), 'boxes': self.boxes*self.box_loss(o, u)}
 
 # %% ../nbs/06h_detection_methods.ipynb #910814c6
+def by_level(
+    scores:Tensor, # One number an anchor (B, N), anchors of all levels
+    sizes:Sequence # (height, width) of each level
+) -> list: # For each level (B, h, w, anchors of a position)
+    "What anchors have, at the positions of their levels; `ValueError` where they do not fit"
+    cells = [h*w for h,w in sizes]
+    each = scores.shape[1]//sum(cells)
+    if each*sum(cells) != scores.shape[1]:
+        raise ValueError(f"the head has {scores.shape[1]} anchors and the levels {cells} positions: compare all levels "
+                         "of the head's pyramid. [help: detectors]")
+    levels = scores.split([n*each for n in cells], 1)
+    return [x.reshape(len(x), h, w, each) for x,(h,w) in zip(levels, sizes)]
+
 def richness(
     logits:Tensor, # Teacher's class scores (B, K, N, 1), anchors of all levels
     sizes:Sequence # (height, width) of each level
 ) -> list: # For each level (B, h, w)
     "The highest score at each position"
-    cells = [h*w for h,w in sizes]
-    scores, each = anchor_scores(logits), logits.shape[2]//sum(cells)
-    if each*sum(cells) != logits.shape[2]:
-        raise ValueError(f"the head has {logits.shape[2]} anchors and the levels {cells} positions: compare all levels "
-                         "of the head's pyramid. [help: detectors]")
-    levels = scores.split([n*each for n in cells], 1)
-    return [x.view(len(x), h, w, each).amax(3) for x,(h,w) in zip(levels, sizes)]
+    return [x.amax(3) for x in by_level(anchor_scores(logits), sizes)]
 
 class FRS(Distiller):
     "Maps and class scores weighted by the teacher's highest score (Du et al., NeurIPS 2021)"
@@ -258,8 +265,8 @@ class FRS(Distiller):
     use = 'For one-stage detectors whose teacher sees more than the boxes tell.'
     def __init__(self,
         plan:Sequence[Tap], # From `plan_taps`: levels and heads
-        maps:float=1e-2, # Weight of the maps
-        classes:float=1., # Weight of the class scores
+        maps:float=.005, # Weight of the maps
+        classes:float=.02, # Weight of the class scores
         weight:float=1. # Factor on both losses
     ):
         super().__init__(plan, weight)
@@ -275,11 +282,10 @@ class FRS(Distiller):
 def losses(self:FRS, student, teacher, target=None):
     at = self.names.index('head.classes')
     s, t = student[at], teacher[at]
-    rich, loss = richness(t, [teacher[i].shape[2:] for i in self.levels]), 0.
-    for i,r in zip(self.levels, rich):
-        error = (to_float32(self.adapters[i](student[i])) - teacher[i]).square().sum(1)
-        loss = loss + (error*r).sum()/r.sum().clamp(min=1e-6)
-    w = anchor_scores(t)[:, None, :, None]
-    with no_autocast(s):
-        says = (F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none')*w).sum()/w.sum().clamp(min=1e-6)
-    return {'frs': self.maps*loss, 'classes': self.classes*says}
+    sizes = [teacher[i].shape[2:] for i in self.levels]
+    rich = richness(t, sizes)
+    with no_autocast(s): says = F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none').sum((1, 3))
+    says = [x.sum(3) for x in by_level(says, sizes)]
+    errors = [(to_float32(self.adapters[i](student[i])) - teacher[i]).square().sum(1) for i in self.levels]
+    maps, classes = (sum((e*r).sum()/r.sum().clamp(min=1e-6) for e,r in zip(each, rich)) for each in (errors, says))
+    return {'frs': self.maps*maps, 'classes': self.classes*classes}
