@@ -67,7 +67,7 @@ def _detector(family, backbone, outputs, asked, norm_heads=False):
     "One of the three families on a backbone"
     size, made = _sizes(asked), anchors(family, strides(backbone), asked.get('anchor', 32))
     if family == 'fcos':
-        if 'anchor' in asked: raise InputError(f"FCOS has no anchors of several sides, got anchor={asked['anchor']}: "
+        if 'anchor' in asked: raise InputError(f"FCOS has no anchors of several sides, got anchor {asked['anchor']}: "
                                                "leave it out. [help: model-name]")
         n = backbone.out_channels
         if n % 32: raise InputError(f"FCOS normalises in 32 groups: its width must be a multiple of 32, got {n}. "
