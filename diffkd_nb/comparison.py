@@ -147,12 +147,19 @@ def _check_options(options, by_seed, equal_time, share_teacher, executor):
     if equal_time: check_equal_time(options, share_teacher)
 
 # %% ../nbs/27_comparison.ipynb #1b99c35a
+def _kept(keep, methods):
+    "Function of a cell: whether its student is stored; `InputError` for a method that is not compared"
+    if isinstance(keep, bool): return lambda c: keep
+    if not isinstance(keep, dict): return lambda c: c.seed in keep
+    keep = {str(parse_method(m)): seeds for m,seeds in keep.items()}
+    if other := sorted({*keep} - methods):
+        raise InputError(f"keep_student names {', '.join(other)}: expected methods that are compared, "
+                         f"{', '.join(sorted(methods))}. [help: comparison]")
+    return lambda c: c.seed in keep.get(c.method, ())
+
 def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     "Folder of each cell to its setup and job"
-    decides, rest = split_options(options)
-    def kept(c):
-        if isinstance(keep, bool): return keep
-        return c.seed in (keep.get(str(parse_method(c.method)), ()) if isinstance(keep, dict) else keep)
+    (decides, rest), kept = split_options(options), _kept(keep, {c.method for c in cells})
     return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
                              **{**decides, **varied(by_seed, c.seed)}),
                        Job(out/c.folder, threads=threads, keep_student=kept(c), **rest)) for c in cells}

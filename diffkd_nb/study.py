@@ -36,13 +36,11 @@ class Setting:
     core_minutes:float # Of one run on one core, measured once; a guess until runs are on record
     query:str='' # What follows the folder in the description of the data, such as `'holdout=500'`
     by_seed:dict=field(default_factory=dict) # What else a seed varies, see `compare`
-    stored:tuple=() # Methods whose first student is stored; all where empty
 
 S1 = Recipe('S1', 'CIFAR-100', 12, 128, .1, nesterov=True, weight_decay=5e-4, schedule=OneCycle())
 SETTINGS = { # Settings by name
     'S1': Setting('S1', 'resnet32_s', 'resnet8_s', S1, 'cifar100', dict(precision='bf16', channels_last=True), 20.),
-    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.,
-                  stored=('kd', 'kd+diffkd:taps=feature')),
+    'S2': Setting('S2', 'hf:sentence-transformers/all-MiniLM-L6-v2', 'bigru', get_recipe('text'), 'trec', {}, 1.),
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
@@ -70,12 +68,14 @@ class Question:
     looks:Looks|None=None # When to look whether the differences are decided; all seeds by default
     equal_time:str='' # A variant: all train as long as it does; equal steps by default
     margin:float|None=None # Gain in points that would be worth its cost, where the plan names one
+    stored:tuple=() # Variants whose first student is stored; all where empty
 
     def seeds_of(self, variant): return self.seeds[:self.fewer.get(variant, len(self.seeds))]
 
 # %% ../nbs/32_study.ipynb #3460b4e7
 _IDENTITY, _HALF = 'denoiser=identity', .5 # The control; points of a gain that would be worth its cost
 _FIVE = 'kd_weight=5,diffusion_weight=5' # The paper's weight for detectors
+_KEPT = 'KD', 'KD + DiffKD' # Students of sentences to store: with its words one takes megabytes
 _TEXT = { # Variants of the question about sentences
     'alone': 'alone', 'KD': 'kd', 'DIST': 'dist', 'DKD': 'dkd', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}',
     'logits': 'diffkd:taps=logits', 'logits identity': f'diffkd:{_IDENTITY},taps=logits',
@@ -124,11 +124,13 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
          ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108)), margin=_HALF),
     Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210)), margin=_HALF),
     Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE, tuple(range(210, 220)), margin=_HALF),
-    Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230)), margin=_HALF),
+    Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230)), margin=_HALF,
+        stored=_KEPT),
     Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE,
-        tuple(range(230, 240)), margin=_HALF),
+        tuple(range(230, 240)), margin=_HALF, stored=_KEPT),
     Question('3-text', 'Does a denoiser that has learnt its task help a student of sentences?', 'S2 held out', _LEARNT,
-        tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310))),
+        tuple((v, 'KD + identity') for v in _LEARNT if v not in ('KD', 'KD + identity')), tuple(range(300, 310)),
+        stored=_KEPT),
     Question('words', 'Do hidden states side by side teach better than the state of a sentence?', 'S5', {
         'alone': 'alone', 'KD': 'kd', 'state': _ON_KD.format(''), 'state, identity': _ON_KD.format(_IDENTITY + ','),
         'words': 'kd+diffkd:taps=words', 'words, identity': f'kd+diffkd:{_IDENTITY},taps=words'},
@@ -158,10 +160,11 @@ def get_question(
 QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand on
     Question('4-text', 'Which form of the denoiser helps a student of sentences?', 'S2 held out', _FORMS_TEXT,
         (*((v, 'KD + identity') for v in ('KD + DiffKD', *_FORMS)),
-         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606)), margin=_HALF),
+         *((d, f'{d}, identity') for d in ('cosine', 'kl', 'dist', 'swd'))), tuple(range(600, 606)), margin=_HALF,
+        stored=_KEPT),
     Question('4-text-joined', 'Does the denoiser add to other methods on sentences?', 'S2 held out', _JOINED,
         tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)),
-        tuple(range(610, 616)), margin=_HALF))}
+        tuple(range(610, 616)), margin=_HALF, stored=('DKD', 'DKD + DiffKD')))}
 
 # %% ../nbs/32_study.ipynb #af9909cd
 _TIMED = { # Variants at equal time
@@ -174,7 +177,7 @@ QUESTIONS |= {q.key: q for q in ( # The same time for all variants
     Question('1-time', 'Does the denoiser add anything in the time that KD takes?', 'S1', _TIMED, _TIMED_BESIDE,
              tuple(range(700, 705)), equal_time='KD'),
     Question('text-time', 'Does it on sentences?', 'S2 held out', _TIMED, _TIMED_BESIDE, tuple(range(710, 720)),
-             equal_time='KD'))}
+             equal_time='KD', stored=_KEPT))}
 
 # %% ../nbs/32_study.ipynb #1594e474
 @patch
@@ -320,7 +323,7 @@ def study(
     each = {text: [n for n in q.seeds_of(name) if n in here] for name,text in q.variants.items()}
     if q.looks is not None: each = _planned_looks(q, each, here)
     executor = 'streams' if on_gpu and s.kind in _IN_MEMORY else 'process' if jobs > 1 or minutes else 'here'
-    keep = {str(parse_method(m)): q.seeds[:1] for m in s.stored} or list(q.seeds[:1])
+    keep = {q.variants[v]: q.seeds[:1] for v in q.stored} or q.seeds[:1]
     how = dict(jobs=jobs, executor=executor, device=str(place), keep_student=keep)
     plan = dict(by_seed=s.by_seed, equal_time=q.variants[q.equal_time] if q.equal_time else None)
     return compare([(f'{s.teacher}@{teacher}', s.student)], list(q.variants.values()), each, s.recipe,

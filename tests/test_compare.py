@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from diffkd_nb.experiment import Comparison, compare, run, verify
+from diffkd_nb.files import InputError
 from diffkd_nb.recipes import get_recipe
 from diffkd_nb.setup import Job, Setup
 
@@ -124,6 +125,9 @@ def test_a_pair_without_feature_maps_is_compared_on_methods_that_need_none(tmp_p
     assert t['status'] == 'finished' and run(RECIPE, 'digits', *pair, 'kd', 0, tmp_path/'kd', progress=False)['taps'][0]['kind'] == 'logits'
     c = grid(None, tmp_path/'c', pairs=[pair], methods=['alone', 'kd'], seeds=1, executor='here', keep_student={'kd': [0]})
     assert not c.failed and len(c.manifests) == 2 and [f.parts[-3] for f in (tmp_path/'c').rglob('student.safetensors')] == ['kd']
+    with pytest.raises(InputError, match='keep_student names dkd: expected methods that are compared, alone, kd'):
+        grid(None, tmp_path/'e', pairs=[pair], methods=['alone', 'kd'], seeds=1, executor='here', keep_student={'dkd': [0]})
+    assert not (tmp_path/'e'/'grid.json').exists()
     with pytest.raises(ValueError, match='no module that gives a feature map'): grid(None, tmp_path/'d', pairs=[pair], methods=['alone', 'fitnet'], seeds=1, executor='here')
 
 

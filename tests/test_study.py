@@ -28,7 +28,7 @@ def test_some_variants_have_fewer_seeds(toy, tmp_path, capsys):
     with pytest.raises(InputError, match='another question'): study(q, None, toy, tmp_path/'out', seeds=[9], progress=False)
 
 
-def test_a_setting_says_which_students_are_stored(toy, tmp_path, monkeypatch):
+def test_setting_and_question_say_which_students_are_stored(toy, tmp_path, monkeypatch):
     "Those of CamVid, all of them: the measures of denoising need student and distiller of every seed; of sentences two"
     asked = []
     monkeypatch.setattr('diffkd_nb.study.compare', lambda *a, **kw: asked.append(kw['keep_student']))
@@ -36,9 +36,10 @@ def test_a_setting_says_which_students_are_stored(toy, tmp_path, monkeypatch):
     study(q, None, toy, tmp_path/'out', progress=False)
     monkeypatch.setitem(SETTINGS, 'toy', replace(SETTINGS['toy'], options=SETTINGS['S3'].options))
     study(q, None, toy, tmp_path/'out', progress=False)
-    monkeypatch.setitem(SETTINGS, 'toy', replace(SETTINGS['toy'], options={}, stored=('kd', 'kd+diffkd:taps=feature')))
-    study(q, None, toy, tmp_path/'out', progress=False)
-    assert asked == [[q.seeds[0]], True, {'kd': (100,), 'kd+diffkd:taps=feature': (100,)}] and SETTINGS['S3'].options['keep_distiller']
+    monkeypatch.setitem(SETTINGS, 'toy', replace(SETTINGS['toy'], options={}))
+    study(replace(q, stored=('KD', 'KD + DiffKD')), None, toy, tmp_path/'out', progress=False)
+    assert asked == [(100,), True, {'kd': (100,), 'kd+diffkd:taps=feature': (100,)}] and SETTINGS['S3'].options['keep_distiller']
+    assert all({*q.stored} <= {*q.variants} for q in QUESTIONS.values())
 
 
 @pytest.mark.slow
