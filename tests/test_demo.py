@@ -68,6 +68,7 @@ def test_class_folders_with_timm_models(folders, tmp_path, capsys):
     assert '64 training images, 64 of them for the student, 16 for validation, 2 classes' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cifar_layout(binaries, tmp_path, capsys):
     assert demo.main(['--data', str(binaries), '--out', str(tmp_path/'o'), *QUICK]) == 0
     check_output(tmp_path/'o')

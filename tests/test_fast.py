@@ -121,8 +121,12 @@ def test_a_tape_refuses_what_a_graph_refuses_and_leaves_no_trace(f, says):
 
 # ---- the same results
 
-@pytest.mark.parametrize('opt', OPTS)
-@pytest.mark.parametrize('method', ['diffkd', 'kd', None])
+FIRST = ('diffkd', 'adamw'), ('kd', 'nesterov'), (None, 'adam'), ('diffkd', torch.optim.SGD), (None, 'sgd')    # of methods and optimisers
+def slow_but(pairs): return [p if p in FIRST else pytest.param(*p, marks=pytest.mark.slow) for p in pairs]
+name = lambda v: v if isinstance(v, str) else 'no momentum' if v else 'alone'
+
+
+@pytest.mark.parametrize('method,opt', slow_but((m, o) for m in ('diffkd', 'kd', None) for o in OPTS), ids=name)
 def test_recorded_steps_are_plain_ones(method, opt):
     "Fifty steps, twelve for DiffKD, of which the page trains fifty"
     n, rate = 192 if method == 'diffkd' else 800, .02 if opt in ('sgd', 'nesterov') else 1e-3
@@ -132,8 +136,7 @@ def test_recorded_steps_are_plain_ones(method, opt):
     same(a, b, 1e-5 if 'adam' not in opt else 2e-4, distiller='adam' not in opt)
 
 
-@pytest.mark.parametrize('opt', [*OPTS, torch.optim.SGD], ids=lambda v: v if isinstance(v, str) else 'no momentum')
-@pytest.mark.parametrize('method', ['diffkd', None])
+@pytest.mark.parametrize('method,opt', slow_but((m, o) for m in ('diffkd', None) for o in (*OPTS, torch.optim.SGD)), ids=name)
 def test_one_cycle_is_recorded(method, opt):
     n, opt = 192 if method else 800, opt if isinstance(opt, str) else partial(OptimWrapper, opt=opt)
     a, b = (one_cycle(learner(method, opt, n=n, recorded=r, schedule=False)) for r in (False, True))

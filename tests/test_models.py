@@ -75,7 +75,8 @@ def test_gradients_copies_and_pickles(name):
         assert state_hash(other) == state_hash(model)
 
 
-@pytest.mark.parametrize('name', [n for n in FAMILIES if n not in ('resnet50_cifar', 'resnet56_a')])
+@pytest.mark.parametrize('name', [n if n in ('resnet8_s', 'shufflenetv1') else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in FAMILIES if n not in ('resnet50_cifar', 'resnet56_a')])
 def test_one_graph(name):
     model, x = make_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
     torch._dynamo.reset()

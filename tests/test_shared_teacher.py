@@ -82,7 +82,7 @@ def test_a_killed_group_goes_on(teacher, apart, tmp_path):
     assert not c.failed and hashes(c) == {k: h for k, h in hashes(apart).items() if k.endswith('seed0')}
 
 
-@pytest.mark.parametrize('executor', ['here', 'process'])
+@pytest.mark.parametrize('executor', ['here', pytest.param('process', marks=pytest.mark.slow)])
 def test_a_failed_cell_stops_no_other(teacher, apart, tmp_path, executor):
     c = grid(teacher, tmp_path, methods=['kd', 'dkd:beta=-1', 'dist'], seeds=1, executor=executor)
     assert list(c.failed) == ['small_4-from-small_8/dkd_beta=-1/seed0'] and 'beta must be' in c.failed['small_4-from-small_8/dkd_beta=-1/seed0']
