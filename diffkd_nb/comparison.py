@@ -14,7 +14,7 @@ from fastprogress.fastprogress import progress_bar
 from .files import InputError, world_size, write_whole
 from .equal_time import at_length, check_equal_time, pair_and_method, step_times
 from .grid import EXECUTORS, grid_cells
-from .looks import Looks, check_by_seed, check_plan, varied
+from .looks import Looks, check_by_seed, check_plan, stored_plan, varied
 from .methods import parse_method
 from .recipes import Recipe, get_recipe
 from .setup import Job, Setup, Sources, split_options
@@ -115,7 +115,7 @@ def compare(
     runs, timed = _of_equal_time(runs, equal_time, out, sources, opened.n_train)
     todo = _prepare(list(runs.values()), sources, out)
     planned = dict(looks=looks and looks.to_dict(), by_seed=by_seed, equal_time=timed)
-    grid = dict(cells=list(runs), reference=reference, recipe=recipe.counted(opened.n_train).to_dict(),
+    grid = dict(cells=_asked(runs, looks, out), reference=reference, recipe=recipe.counted(opened.n_train).to_dict(),
                 data=opened.name, **{k: v for k,v in planned.items() if v})
     write_whole(out/'grid.json', json.dumps(grid, indent=1))
     epochs = sum(s.recipe.counted(opened.n_train).epochs for s,_ in todo)
@@ -163,6 +163,10 @@ def _runs(cells, recipe, data, out, threads, keep, options, by_seed):
     return {c.folder: (Setup(recipe, data, c.student, (c.teacher,), c.method, c.seed,
                              **{**decides, **varied(by_seed, c.seed)}),
                        Job(out/c.folder, threads=threads, keep_student=kept(c), **rest)) for c in cells}
+
+def _asked(runs, looks, out):
+    "Cells of this call, and those of earlier ones; looks have a plan of their own"
+    return list(runs) if looks else list(dict.fromkeys([*runs, *stored_plan(out).get('cells', ())]))
 
 def _of_equal_time(runs, method, out, sources, n_train):
     "The runs, each as long as a method's where one is named, and what steps take"
