@@ -166,6 +166,17 @@ QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand o
         tuple((f'{b} + DiffKD', other) for b in _BASES for other in (f'{b} + identity', b)),
         tuple(range(610, 616)), margin=_HALF, stored=('DKD', 'DKD + DiffKD')))}
 
+# %% ../nbs/32_study.ipynb #069d8d79
+_PARTS = { # DiffKD, with one part less at a time
+    'alone': 'alone', 'DiffKD': 'diffkd', 'logits': 'diffkd:taps=logits', 'feature': 'diffkd:taps=feature',
+    'no adapter': 'diffkd:adapter=False,taps=feature', 'no diffusion loss': 'diffkd:trained_by=kd,taps=feature',
+    'identity': f'diffkd:{_IDENTITY},taps=feature', 'plain': f'diffkd:{_IDENTITY},adapter=False,taps=feature',
+    'MSE': 'fitnet'}
+QUESTIONS['2'] = Question('2', 'Where does a gain come from?', 'S1', _PARTS,
+    (('DiffKD', 'feature'), ('DiffKD', 'logits'), ('feature', 'no adapter'), ('feature', 'no diffusion loss'),
+     ('no diffusion loss', 'identity'), ('identity', 'plain'), ('plain', 'MSE'), ('MSE', 'alone')),
+    tuple(range(110, 118)), margin=_HALF)
+
 # %% ../nbs/32_study.ipynb #af9909cd
 _TIMED = { # Variants at equal time
     'KD': 'kd', 'KD + DiffKD': 'kd+diffkd:taps=feature', 'KD + identity': f'kd+diffkd:{_IDENTITY},taps=feature',

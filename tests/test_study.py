@@ -43,7 +43,7 @@ def test_setting_and_question_say_which_students_are_stored(toy, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('key', ['methods', '4-text', '4-text-joined'])
+@pytest.mark.parametrize('key', ['methods', '2', '4-text', '4-text-joined'])
 def test_every_method_of_the_comparison_trains(toy, tmp_path, key):
     "All rows of the planned comparison, one epoch each"
     q = replace(QUESTIONS[key], key='toy', setting='toy', seeds=(7,), fewer={})
