@@ -331,14 +331,15 @@ class GRU(nn.Module):
         return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
 
 class Convolutions(nn.Module):
-    "Convolutions of widths 3, 4 and 5 over positions (Kim, EMNLP 2014); padding counts as zero"
+    "Convolutions of widths 3, 4 and 5 over positions (Kim, EMNLP 2014), as one matrix product; padding counts as zero"
     def __init__(self, width, channels):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv1d(width, channels, k) for k in (3, 4, 5))
     def forward(self, x, n):
-        x = (x*(torch.arange(x.shape[1], device=n.device) < n[:, None])[..., None]).transpose(1, 2)
-        pads = [((k - 1)//2, k//2) for k in (3, 4, 5)]
-        return torch.cat([c(F.pad(x, p)) for c,p in zip(self.convs, pads)], 1).relu().transpose(1, 2)
+        x = x*(torch.arange(x.shape[1], device=n.device) < n[:, None])[..., None]
+        around = F.pad(x, (0, 0, 2, 2)).unfold(1, 5, 1).flatten(2)       # the five words around each, (B, N, 5*width)
+        kernels = [F.pad(c.weight, (2 - (k - 1)//2, 2 - k//2)) for c,k in zip(self.convs, (3, 4, 5))]
+        return F.linear(around, torch.cat(kernels).flatten(1), torch.cat([c.bias for c in self.convs])).relu()
 
 # %% ../nbs/16a_text.ipynb #4da44519
 @contextmanager
