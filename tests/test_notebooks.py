@@ -13,10 +13,11 @@ FLAGS = os.environ.get('NB_FLAGS', '').split()      # cells to run that are norm
 
 
 # Pages whose parts are tested elsewhere; `nbdev-test` runs them as well
-LONG = ('18_diagnostics', '19_plots', '24a_shared_teacher', '26_grid', '26a_equal_time', '27_comparison', '28_verify', '30_commands',
-        '31_demo', '33_distill', '40_quickstart', '40a_resnet50_teaches_resnet18', '42_plain_loop', '43_inside', '44_choose_taps',
-        '44d_your_teacher', '44a_segmentation_tutorial', '44b_detection_tutorial', '44c_text_tutorial', '44e_your_own_method',
-        '47_which_method', '57_open_questions_plan', '62_imagenet_stronger')
+LONG = ('12_models', '18_diagnostics', '19_plots', '21_fast', '24_run', '24a_shared_teacher', '26_grid', '26a_equal_time', '27_comparison',
+        '28_verify', '30_commands', '31_demo', '33_distill', '40_quickstart', '40a_resnet50_teaches_resnet18', '42_plain_loop',
+        '43_inside', '44_choose_taps', '44d_your_teacher', '44a_segmentation_tutorial', '44b_detection_tutorial', '44c_text_tutorial',
+        '44e_your_own_method', '47_which_method', '57_open_questions_plan', '61_imagenet_baseline', '62_imagenet_stronger',
+        '63_ablations')
 
 
 def run(path):
