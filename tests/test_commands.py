@@ -32,7 +32,7 @@ def test_the_scripts_themselves():
 
 
 def test_train_interrupt_go_on_verify(tmp_path):
-    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '60', '--student', 'small:8', '--method', 'alone', '--out', tmp_path/'o']
+    args = ['--data', 'digits', '--recipe', 'tiny', '--epochs', '25', '--student', 'small:8', '--method', 'alone', '--out', tmp_path/'o']
     p = workers.start_command(MAINS['diffkd_train'], *args)
     while not (tmp_path/'o'/'checkpoint.pt').is_file(): assert p.poll() is None, p.communicate(); time.sleep(.01)
     p.send_signal(signal.SIGINT)
@@ -42,7 +42,7 @@ def test_train_interrupt_go_on_verify(tmp_path):
     r = command('diffkd_train', *args)
     assert r.returncode == 0 and '% in the last epoch' in r.stdout, r.stderr
     m = json.loads((tmp_path/'o'/'manifest.json').read_text())
-    assert m['cost']['resumed_at_epoch'] and m['settings']['recipe']['epochs'] == 60
+    assert m['cost']['resumed_at_epoch'] and m['settings']['recipe']['epochs'] == 25
     again = command('diffkd_train', *args)
     assert again.returncode == 0 and json.loads((tmp_path/'o'/'manifest.json').read_text()) == m
     ok = command('diffkd_verify', tmp_path/'o')

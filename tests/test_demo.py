@@ -162,6 +162,7 @@ def test_corrupt_images_skipped_and_counted(folders, tmp_path, capsys):
     assert '62 training images' in out.out and 'Left out: 2 images cannot be read' in out.err
 
 
+@pytest.mark.slow       # test_commands starts a script from nothing every time
 def test_a_mistake_is_one_line_in_a_real_shell(tmp_path):
     "Started from nothing, as a user does"
     r = subprocess.run([sys.executable, '-m', 'diffkd_nb.demo', '--data', tmp_path/'nowhere'], capture_output=True, text=True)
