@@ -7,7 +7,7 @@
 # --rehearse runs the same commands with tiny sizes and writes to a scratch folder, on the CPU or on the --device that is named. It has
 #            six times the seconds, since a machine without a GPU may be slow; `--slower 1` keeps the plan's.
 # --steps    which, in this order (seconds of a call at most, of all calls in brackets):
-#            tests 180, times 240, study 480 (900) a question, imagenette 240 (300), cells 60, variants 120; also table9, not for half an hour
+#            tests 180, times 240, study 480 (1800) a question, imagenette 240 (300), cells 60, variants 120; also table9, not for half an hour
 # --wheels   install these for this call, without dependencies: what bench/wheels.txt names, where a machine has PyTorch and no fastai
 # --results  where results stand (results and teachers by default). For another folder, what those hold is copied there first.
 # --archive  pack what is there, without checkpoints, into one .tar.gz, after every step and once a minute: to be unpacked over
@@ -120,17 +120,17 @@ P
   else echo "skipped  distiller.json: set RELEASED to a checkout of hunto/image_classification_sota"; fi
   step 120 imagenet.json "$python" bench/imagenet.py ${RELEASED:+--released "$RELEASED"} "${images[@]}" --device "$device" --out "$out/imagenet.json"
 }
-do_study() { # the study's questions: does the denoiser add anything, alone and on top of KD; where does a gain come from, which method is best
+do_study() { # questions of the study: does the denoiser add anything, where does a gain come from, which method is best
   [ -n "${DATA:-}" ] && [ -n "${TEACHER:-}" ] || { echo "skipped  study: set DATA to cifar100:FOLDER and TEACHER to NAME@FILE"; return 0; }
   if [ -z "$rehearse" ]; then
     local q
     for q in ${QUESTIONS:-1 2 methods}; do
-      queue 480 900 "study-$q" "$python" -m diffkd_nb.study "$q" --data "${DATA#*:}" --teacher "${TEACHER#*@}" --device "$device" --jobs 12 \
-        --minutes MINUTES --out "$results/study/$q"
+      queue 480 1800 "study-$q" "$python" -m diffkd_nb.study "$q" --data "${DATA#*:}" --teacher "${TEACHER#*@}" \
+        --device "$device" --jobs 12 --minutes MINUTES --out "$results/study/$q"
     done
     return
   fi
-  queue 480 900 study "$python" -c '
+  queue 480 1800 study "$python" -c '
 import sys
 from diffkd_nb.experiment import compare
 from diffkd_nb.recipes import get_recipe

@@ -169,7 +169,8 @@ QUESTIONS |= {q.key: q for q in ( # Forms of the denoiser, and what they stand o
 # %% ../nbs/32_study.ipynb #7216348d
 _OF_MAPS = 'ReviewKD', 'CanKD', 'CWD'
 _EVERY_TEXT = {v: m for v,m in _EVERY.items() if v not in _OF_MAPS}
-QUESTIONS['methods-text'] = Question('methods-text', 'Which method teaches better than KD on sentences?', 'S2', _EVERY_TEXT,
+QUESTIONS['methods-text'] = Question(
+    'methods-text', 'Which method teaches better than KD on sentences?', 'S2', _EVERY_TEXT,
     tuple((v, 'KD') for v in _EVERY_TEXT if v != 'KD'), tuple(range(620, 630)), margin=_HALF, stored=_KEPT)
 
 # %% ../nbs/32_study.ipynb #069d8d79
