@@ -8,11 +8,11 @@ Docs: https://diffkd-nb.github.io/diffkd_nb/statistics.html.md"""
 from __future__ import annotations
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_1samp, ttest_rel
+from scipy.stats import f_oneway, ttest_1samp, ttest_rel
 
 # %% auto #0
 __all__ = ['NO_GAIN', 'interval', 'paired_test', 'holm', 'verdict_word', 'holm_levels', 'corrected', 'judge', 'difference_text',
-           'contrasts']
+           'contrasts', 'variance_parts']
 
 # %% ../nbs/25_statistics.ipynb #dbd8ae05
 def interval(
@@ -134,3 +134,18 @@ def contrasts(
     word = lambda r: judge(r.difference, r.low, r.high, r['p (Holm)'], margin, sign) if r.n else 'not run'
     found['verdict'] = [word(r) for _,r in found.iterrows()]
     return found
+
+# %% ../nbs/25_statistics.ipynb #72c07274
+def variance_parts(
+    values # (seeds, repetitions): each seed repeated with nothing but its rounding changed, at least two of each
+) -> dict: # Standard deviations `rounding` and `seed` in the unit of the values, `share` of rounding in the variance, `p`
+    "What rounding and seeds make of a spread: one-way analysis of variance; p is that of seeds that add nothing"
+    x = np.asarray(values, float)
+    if x.ndim != 2 or min(x.shape) < 2:
+        raise ValueError(f'values must be (seeds, repetitions), at least two of each, got a shape of {x.shape}. '
+                         '[help: argument]')
+    within = x.var(1, ddof=1).mean()
+    between = max(0., x.mean(1).var(ddof=1) - within/x.shape[1])        # the mean of a seed contains rounding too
+    if not within: return dict(rounding=0., seed=between**.5, share=0., p=float(not between))
+    return dict(rounding=float(within**.5), seed=float(between**.5), share=float(within/(within + between)),
+                p=float(f_oneway(*x).pvalue))

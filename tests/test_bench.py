@@ -11,7 +11,7 @@ from diffkd_nb.study import QUESTIONS, SETTINGS, Setting, study
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'bench'))
-import about_the_image, compression, rows        # noqa: E402
+import about_the_image, compression, rounding, rows        # noqa: E402
 
 
 @pytest.mark.slow
@@ -127,3 +127,32 @@ def test_about_the_image_of_stored_runs(tmp_path, monkeypatch, capsys):
     assert sorted(zip(stored.variant, stored.seed, stored['map'])) == sorted((v, s, m) for s in (1, 2) for v,ms in
         (('DiffKD', ('before', 'denoised', 'student', 'teacher')), ('identity', ('identity', 'student', 'teacher'))) for m in ms)
     assert (stored[stored['map'] == 'teacher'].own - 1).abs().max() < 1e-9
+
+
+def test_one_weight_moves_by_its_last_bit():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    before = [p.clone() for p in model.parameters()]
+    rounding.nudge(model, 3)
+    changed = [(i, k) for i,(p,q) in enumerate(zip(model.parameters(), before)) for k in (p != q).flatten().nonzero().flatten().tolist()]
+    assert changed == [(2, 3)]
+    w, was = model[2].weight.flatten()[3], before[2].flatten()[3]
+    assert w > was and torch.nextafter(w, was) == was
+
+
+def test_rounding_repeats_a_seed(tmp_path, monkeypatch):
+    "Repetition 0 is the plain run; the others end elsewhere; a second call trains nothing"
+    recipe = get_recipe('tiny').replace(epochs=1)
+    run(recipe, 'digits', None, 'small:8', 'alone', 0, tmp_path/'teacher', progress=False)
+    teacher = f"small:8@{tmp_path/'teacher'/'student.safetensors'}"
+    monkeypatch.setattr(rounding, 'SETTINGS', {'pictures': ('small:4', recipe, range(1, 2), 2)})
+    monkeypatch.setattr(rounding, 'METHODS', {'KD': 'kd'})
+    monkeypatch.setattr(sys, 'argv', ['x', 'pictures', '--data', 'digits', '--teacher', teacher, '--runs', str(tmp_path/'runs'), '--out', str(tmp_path/'out.json')])
+    rounding.main()
+    plain = run(recipe, 'digits', teacher, 'small:4', 'kd', 1, tmp_path/'plain', progress=False)
+    made = [json.loads((tmp_path/'runs'/'KD'/'seed1'/str(i)/'manifest.json').read_text()) for i in (0, 1)]
+    assert made[0]['result'] == plain['result'] and made[0]['student_hash'] == plain['student_hash'] != made[1]['student_hash']
+    stored = json.loads((tmp_path/'out.json').read_text())
+    assert [(r['variant'], r['seed'], r['repetition']) for r in stored['rows']] == [('KD', 1, 0), ('KD', 1, 1)]
+    assert rounding.values(stored['rows'], 'KD', [1], 2).tolist() == [[100*m['result']['accuracy'] for m in made]]
+    monkeypatch.setattr(rounding, 'run_setup', None); rounding.main()
+    assert json.loads((tmp_path/'out.json').read_text())['rows'] == stored['rows']
