@@ -138,7 +138,7 @@ def contrasts(
 # %% ../nbs/25_statistics.ipynb #72c07274
 def variance_parts(
     values # (seeds, repetitions): each seed repeated with nothing but its rounding changed, at least two of each
-) -> dict: # Standard deviations `rounding` and `seed` in the unit of the values, `share` of rounding in the variance, `p`
+) -> dict: # Standard deviations `rounding` and `seed`, as the values; `share` of rounding in the variance; `p`
     "What rounding and seeds make of a spread: one-way analysis of variance; p is that of seeds that add nothing"
     x = np.asarray(values, float)
     if x.ndim != 2 or min(x.shape) < 2:
