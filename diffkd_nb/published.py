@@ -93,10 +93,11 @@ def _printed(pair, method):
     return found[0]['value'] if found else _TTM[pair].get(method)
 
 def method_figures() -> pd.DataFrame: # One row a method; '-' where nothing was measured or published
-    "`which_method`, and: step in multiples of training alone; accuracy here in %, with the gain; published accuracies"
+    "`which_method`, and: step in multiples of training alone; accuracies here in %, with the gain; published ones"
     table = which_method()
     ours = pd.read_csv(resources.files('diffkd_nb')/'measured.csv', index_col='method').reindex(table.index)
     shown = lambda v, form: '-' if v is None or pd.isna(v) else form.format(v)
-    here = ['-' if pd.isna(a) else f'{a:.2f} ({d:+.2f})' for a,d in zip(ours.accuracy, ours.difference)]
+    def gained(x): return ['-' if pd.isna(a) else f'{a:.2f} ({d:+.2f})' for a,d in zip(ours[x], ours[f'{x} gain'])]
     theirs = {p: [shown(_printed(p, m), '{:.2f}') for m in table.index] for p in _PAIRS}
-    return table.assign(step=[shown(v, '{:.2f}') for v in ours.step], here=here, **theirs)
+    step = [shown(v, '{:.2f}') for v in ours.step]
+    return table.assign(step=step, pictures=gained('pictures'), sentences=gained('sentences'), **theirs)

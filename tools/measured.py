@@ -8,19 +8,33 @@ from pathlib import Path
 import pandas as pd
 from diffkd_nb.files import write_whole
 from diffkd_nb.methods import METHODS
+from diffkd_nb.study import get_question
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = {'fitnet': 'fitnet:weight=1'}      # the comparison ran FitNet with two weights; this one is the default
 
 
+def on_pictures() -> pd.Series:
+    "Mean accuracy in the first comparison, by method"
+    runs = pd.read_csv(ROOT/'results/cifar100_resnet8/table.csv').set_index('method').accuracy
+    return pd.Series({m: runs.get(STORED.get(m, m)) for m in ('alone', *METHODS)}, dtype=float)
+
+
+def on_sentences() -> pd.Series:
+    "Mean accuracy in the question `methods-text`, by method; none for a method whose seeds are not all there"
+    q = get_question('methods-text'); runs = q.variants_table(ROOT/'results/study'/q.key)
+    of = {text: runs.accuracy[name] for name,text in q.variants.items() if runs.n[name] == len(q.seeds)}
+    return pd.Series({m: of.get(m) for m in ('alone', *METHODS)}, dtype=float)
+
+
 def measured() -> str:
     "The text of the file"
     bench = json.loads((ROOT/'results/bench/methods_cpu.json').read_text())['rows']
-    runs = pd.read_csv(ROOT/'results/cifar100_resnet8/table.csv').set_index('method')
-    rows = {m: dict(step=bench.get(m, {}).get('to_alone'), **runs[['accuracy', 'difference', 'n']].reindex([STORED.get(m, m)]).iloc[0]) for m in METHODS}
-    found = pd.DataFrame.from_dict(rows, orient='index').rename_axis('method').dropna(how='all')
-    found['n'] = found.n.astype('Int64')
-    out = io.StringIO(); found.to_csv(out, float_format='%.2f', lineterminator='\n')
+    found = pd.DataFrame(dict(step={m: bench.get(m, {}).get('to_alone') for m in METHODS}), dtype=float)
+    for where,means in dict(pictures=on_pictures(), sentences=on_sentences()).items():
+        found[where], found[f'{where} gain'] = means, means - means.alone
+    out = io.StringIO()
+    found.rename_axis('method').dropna(how='all').to_csv(out, float_format='%.2f', lineterminator='\n')
     return out.getvalue()
 
 
