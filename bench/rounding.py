@@ -4,7 +4,8 @@
     python bench/rounding.py pictures --data 'cifar100:FOLDER?limit=100' --teacher NAME@FILE --runs FOLDER [--out results/bench/rounding_pictures.json]
 
 Each seed is repeated with one weight of the student's classifier moved by its last bit before the first step; nothing else changes. All
-runs lie below `--runs`; a second call goes on. One row per run: variant, seed, repetition (0 is the unchanged run), accuracy in percent.
+runs lie below `--runs`; a second call goes on. One row per run: variant, seed, repetition (0 is the unchanged run), accuracy in
+percent, hash of the student, which tells whether the change was lost.
 """
 import argparse
 from pathlib import Path
@@ -62,7 +63,7 @@ def main():
                 out = a.runs/variant.replace(' ', '')/f'seed{seed}'/f'{i}'
                 m = run_setup(Setup(recipe, a.data, student, (a.teacher,), method, seed),
                               Job(out, cache=a.runs/'cache', progress=False, keep_student=False), sources, [LastBit(i)])
-                rows.add(variant=variant, seed=seed, repetition=i, accuracy=100*m['result']['accuracy'])
+                rows.add(variant=variant, seed=seed, repetition=i, accuracy=100*m['result']['accuracy'], student=m['student_hash'])
 
 
 if __name__ == '__main__': main()
