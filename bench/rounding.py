@@ -9,7 +9,6 @@ percent, hash of the student, which tells whether the change was lost.
 """
 import argparse
 from pathlib import Path
-import numpy as np
 import torch
 from fastai.callback.core import Callback
 from diffkd_nb.recipes import get_recipe
@@ -36,12 +35,6 @@ def nudge(model, i):
     "Weight `i` of the last matrix becomes the next larger float"
     w = [p for p in model.parameters() if p.ndim == 2][-1].view(-1)[i]
     w.copy_(torch.nextafter(w, torch.full_like(w, torch.inf)))
-
-
-def values(rows, variant, seeds, n):
-    "Accuracies (seeds, repetitions) of a variant"
-    found = {(r['seed'], r['repetition']): r['accuracy'] for r in rows if r['variant'] == variant}
-    return np.array([[found[s, i] for i in range(n)] for s in seeds])
 
 
 def main():
