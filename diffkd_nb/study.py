@@ -44,8 +44,8 @@ SETTINGS = { # Settings by name
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
-                  'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd'), 'coco',
-                  dict(precision='bf16'), 30., 'empty=drop&valid=test')}
+                  'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd').replace(epochs=10),
+                  'coco', {}, 8., 'empty=drop&valid=test')}
 def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
 _like('S2', 'S2 held out', query='holdout=500')
 _like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
@@ -144,7 +144,7 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'alone': 'alone', 'FitNet': 'fitnet:weight=5', 'FGD': 'fgd', 'PKD': 'pkd', 'DiffKD': f'diffkd:{_FIVE}',
         'identity': f'diffkd:{_IDENTITY},{_FIVE}'},
         (('DiffKD', 'identity'), ('DiffKD', 'FitNet'), ('DiffKD', 'FGD'), ('DiffKD', 'PKD'), ('DiffKD', 'alone')),
-        tuple(range(400, 405)), margin=_HALF),
+        tuple(range(400, 405)), margin=_HALF, stored=('alone', 'DiffKD')),
     Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
         tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 
