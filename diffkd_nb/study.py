@@ -47,6 +47,7 @@ SETTINGS = { # Settings by name
                   'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd').replace(epochs=10),
                   'coco', {}, 8., 'empty=drop&valid=test')}
 def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
+_like('S1', 'S1 part', options=dict(channels_last=True), core_minutes=5.5, query='limit=100')
 _like('S2', 'S2 held out', query='holdout=500')
 _like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
 _like('S2', 'S4', recipe=get_recipe('text').replace(epochs=3, batch_size=128), kind='sst2',
@@ -172,6 +173,10 @@ _EVERY_TEXT = {v: m for v,m in _EVERY.items() if v not in _OF_MAPS}
 QUESTIONS['methods-text'] = Question(
     'methods-text', 'Which method teaches better than KD on sentences?', 'S2', _EVERY_TEXT,
     tuple((v, 'KD') for v in _EVERY_TEXT if v != 'KD'), tuple(range(620, 630)), margin=_HALF, stored=_KEPT)
+_MAPS = {v: _EVERY[v] for v in ('alone', 'KD', *_OF_MAPS, 'DiffKD')}
+QUESTIONS['methods-maps'] = Question(
+    'methods-maps', 'Do the methods that compare positions teach better than KD?', 'S1 part', _MAPS,
+    tuple((v, 'KD') for v in _MAPS if v != 'KD'), tuple(range(510, 515)), margin=_HALF, stored=('KD', 'DiffKD'))
 
 # %% ../nbs/32_study.ipynb #069d8d79
 _PARTS = { # DiffKD, with one part less at a time
