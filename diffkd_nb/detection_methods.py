@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .taps import Tap
-from .losses import attention, kl_loss, labels_loss
+from .losses import attention, kl_loss, labels_loss, spread
 from .distiller import Distiller, check_number, no_autocast, to_float32
 from .diffkd import align_maps
 
@@ -109,10 +109,11 @@ class FGD(Distiller):
         outside:float=5e-4, # beta: of the error in the background; 2.5e-5
         attention:float=1e-3, # gamma: of the distance of the attentions; 5e-5
         relation:float=5e-6, # lambda: of the global part; 5e-7
-        weight:float=1. # Factor on all losses
+        weight:float=1., # Factor on all losses
+        relative:bool=False # Compare in units of the teacher's spread, level by level
     ):
         super().__init__(plan, weight)
-        self.temperature = check_number('temperature', temperature, positive=True)
+        self.temperature,self.relative = check_number('temperature', temperature, positive=True),relative
         given = dict(inside=inside, outside=outside, attention=attention, relation=relation)
         self.lambdas = {k: check_number(k, v) for k,v in given.items()}
         blocks = lambda t: [GcBlock(t.teacher.shape[0]) for _ in range(2)]
@@ -135,7 +136,7 @@ def level(self:FGD,
 def losses(self:FGD, student, teacher, target=None):
     found, w = torch.zeros(4, device=teacher[0].device), self.lambdas
     for (connect, mine, theirs),s,t in zip(self.adapters, student, teacher):
-        s, t = align_maps(to_float32(connect(s)), t)
+        s, t = align_maps(to_float32(connect(s)), t/spread(t).sqrt() if self.relative else t)
         apart = (to_float32(mine(s)) - to_float32(theirs(t))).square().sum()/len(s)
         found = found + torch.stack([*self.level(s, t, target), apart])
     inside, outside, at, apart = found

@@ -24,7 +24,7 @@ from .diffusion import N_TIMES, NoiseSchedule, ddim_coefficients, ddim_denoise, 
 from .denoisers import make_denoiser
 from .controls import clean_loss, ddim_denoise_from, gamma_to_time, log_snr_schedule, mix_vp, noise_from_clean
 from .controls import own_norms, student_guess
-from .losses import SCORES, Scores, get_distance
+from .losses import SCORES, Scores, get_distance, spread
 from .distiller import Distiller, check_labels, check_paced, edge_weights, to_float32, weigh_samples
 
 # %% auto #0
@@ -86,19 +86,19 @@ class DiffKD(nn.Module):
         predicts:str='noise', # What the denoiser guesses: `'noise'`, or `'clean'`, the feature without it
         mixing:str='paper', # Start of the denoising: `'paper'`, eq. 8, or `'vp'`, which keeps the variance
         dense_form:str='bottleneck', # Adapter and denoiser of class maps: 3x3 bottlenecks, or `'pointwise'` layers as of logits
-        least_width:int=4 # Smallest inner width of a class map's denoiser, half of it in the adapter
+        least_width:int=4, # Smallest inner width of a class map's denoiser, half of it in the adapter
+        relative:bool=False # Feature maps alone: in units of the teacher's spread, see `spread`
     ):
         super().__init__()
         _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing, dense_form=dense_form)
-        _check_pairs(kind, distance, start, adapter)
+        _check_pairs(kind, distance, start, adapter, relative)
         if isinstance(denoiser, str) and denoiser != 'identity': _check_width(kind, teacher_channels)
-        self.kind, self.align = kind, align
-        self.steps, self.start = steps, start
+        self.kind, self.align, self.steps, self.start = kind, align, steps, start
         self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
+        self.relative = relative and kind == 'feature'
         self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate' or predicts == 'clean'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
-        self.form = _FORMS[dense_form] if kind == 'dense' else kind
-        self.least = _least_widths(least_width) if kind == 'dense' else (1, 1)
+        self.form, self.least = (_FORMS[dense_form], _least_widths(least_width)) if kind == 'dense' else (kind, (1, 1))
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
@@ -117,11 +117,14 @@ def _check(**given):
         if v not in _CHOICES[k]: raise ValueError(f"{k} must be one of {', '.join(map(repr, _CHOICES[k]))}, got {v!r}. "
                                                   "[help: method-options]")
 
-def _check_pairs(kind, distance, start, adapter):
+def _check_pairs(kind, distance, start, adapter, relative):
     "`ValueError` for options that do not go together"
     if kind in ('logits', 'words') and distance == 'cwd':
         raise ValueError(f"distance 'cwd' compares positions of maps, and {kind} have one each: use 'kl' or 'dist'. "
                          "[help: taps]")
+    if relative and kind == 'words':
+        raise ValueError("relative=True divides maps by their spread, and words come with padding between them: leave "
+                         "it out, or name the tap's modules with layout='pooled'. [help: method-options]")
     if start == 'gamma' and not adapter:
         raise ValueError("start='gamma' needs the adapter, which gives gamma: use adapter=True or another start. "
                          "[help: method-options]")
@@ -192,6 +195,7 @@ def aligned(self:DiffKD, student, teacher):
 @patch
 def compress(self:DiffKD, teacher):
     "Teacher latent and reconstruction loss (eq. 6)"
+    if self.relative: teacher = teacher/spread(teacher).sqrt()
     if self.autoencoder is not None: return self.autoencoder(teacher, self.words)
     return teacher, teacher.new_zeros((), dtype=torch.float32)
 
@@ -415,7 +419,7 @@ class DiffKDDistiller(Distiller):
         pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
         levels:str='own', # Levels of a pyramid have a denoiser each, or `'shared'`: one for all of the same width
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
-                 # align, zscore, predicts, mixing, dense_form, least_width
+                 # align, zscore, predicts, mixing, dense_form, least_width, relative
     ):
         super().__init__(plan)
         distances, weights = dict(distances or {}), dict(weights or {})

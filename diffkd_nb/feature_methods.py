@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from .losses import spread
 from .taps import Tap
 from .distiller import Distiller, check_number, to_float32
 from .diffkd import align_maps
@@ -36,13 +37,9 @@ class FitNet(Distiller):
     def losses(self, student, teacher, target=None):
         pairs = [align_maps(s, t) for s,t in zip(student, teacher)]
         errors = [F.mse_loss(to_float32(a(s)), t) for a,(s,t) in zip(self.adapters, pairs)]
-        if self.relative: errors = [e/_spread(t) for e,(_, t) in zip(errors, pairs)]
+        if self.relative: errors = [e/spread(t) for e,(_, t) in zip(errors, pairs)]
         return {'fitnet': sum(errors)}
 
-def _spread(x):
-    "Mean variance of the channels over samples and positions; 1 where it is 0"
-    var = x.var((0, 2, 3), correction=0).mean()
-    return torch.where(var > 0, var, 1)
 
 # %% ../nbs/06a_feature_methods.ipynb #f1cae3d4
 class Gaussian(nn.Module):

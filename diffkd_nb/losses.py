@@ -15,8 +15,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise', 'Scores',
-           'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'cosine_loss',
+__all__ = ['OUTPUTS', 'SCORES', 'DISTANCES', 'mse_loss', 'spread', 'kl_loss', 'labels_loss', 'values_loss', 'Standardise',
+           'Scores', 'dist_loss', 'standard_scores', 'cwd_loss', 'attention', 'attention_mse_loss', 'cosine_loss',
            'sliced_wasserstein_loss', 'get_distance', 'PixelCrossEntropy', 'check_sides']
 
 # %% ../nbs/04_losses.ipynb #4fecc47a
@@ -35,6 +35,14 @@ def mse_loss(
 ) -> Tensor: # Scalar, float32
     "Mean of the squared difference over all elements (paper, eq. 7 for features)"
     return F.mse_loss(student.float(), teacher.float())
+
+# %% ../nbs/04_losses.ipynb #4a708dae
+def spread(
+    x:Tensor # Map (B, C, H, W)
+) -> Tensor: # Scalar, float32; 1 where nothing varies
+    "Mean variance of the channels over samples and positions"
+    var = x.float().var((0, 2, 3), correction=0).mean()
+    return torch.where(var > 0, var, 1)
 
 # %% ../nbs/04_losses.ipynb #27c44f34
 def _rows(x): # (B, K) or (B, K, H, W)

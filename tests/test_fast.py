@@ -183,7 +183,7 @@ def test_hyperparameters_that_cannot_be_read_make_plain_steps(opt, hypers, says,
 
 @pytest.mark.parametrize('kw', [
     dict(adapter=False), dict(denoiser='identity'), dict(start='gamma'), dict(trained_by='diffusion'),
-    dict(norms='separate'), dict(latent=4), dict(logits_loss='dist'), dict(task_weight=.5),
+    dict(norms='separate'), dict(latent=4), dict(logits_loss='dist'), dict(task_weight=.5), dict(relative=True),
     dict(teacher_transform=Renormalise(((.2,), (.9,)), ((0.,), (1.,))))], ids=lambda kw: next(iter(kw)))
 def test_options_are_recorded(kw):
     a, b = (fit(learner(recorded=r, **SHORT, **kw), 1) for r in (False, True))
