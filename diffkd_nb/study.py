@@ -75,7 +75,7 @@ class Question:
 
 # %% ../nbs/32_study.ipynb #3460b4e7
 _IDENTITY, _HALF = 'denoiser=identity', .5 # The control; points of a gain that would be worth its cost
-_FIVE = 'kd_weight=5,diffusion_weight=5' # The paper's weight for detectors
+_FIVE = 'kd_weight=5,diffusion_weight=5,relative=True' # The paper's weight for detectors, for maps of any size
 _KEPT = 'KD', 'KD + DiffKD' # Students of sentences to store: with its words one takes megabytes
 _TEXT = { # Variants of the question about sentences
     'alone': 'alone', 'KD': 'kd', 'DIST': 'dist', 'DKD': 'dkd', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}',
@@ -142,10 +142,10 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
         tuple(range(300, 305)), margin=_HALF),
     Question('detection', 'Does DiffKD carry over to boxes?', 'S6', {
-        'alone': 'alone', 'FitNet': 'fitnet:weight=5', 'FGD': 'fgd', 'PKD': 'pkd', 'DiffKD': f'diffkd:{_FIVE}',
-        'identity': f'diffkd:{_IDENTITY},{_FIVE}'},
+        'alone': 'alone', 'FitNet': 'fitnet:weight=5,relative=True', 'FGD': 'fgd:relative=True', 'PKD': 'pkd',
+        'DiffKD': f'diffkd:{_FIVE}', 'identity': f'diffkd:{_IDENTITY},{_FIVE}'},
         (('DiffKD', 'identity'), ('DiffKD', 'FitNet'), ('DiffKD', 'FGD'), ('DiffKD', 'PKD'), ('DiffKD', 'alone')),
-        tuple(range(400, 405)), margin=_HALF, stored=('alone', 'DiffKD')),
+        tuple(range(410, 415)), margin=_HALF, stored=('alone', 'DiffKD')),
     Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
         tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 
