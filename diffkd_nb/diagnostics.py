@@ -345,7 +345,7 @@ def _task_drowned(rows):
     task, kd = rows[-1].get('pull_task'), rows[-1].get('pull_kd')
     if task and kd > _DROWNED*task:
         return (f"the gradient of the distillation is {kd/task:.0f} times the task's at this feature: "
-                "lower kd_weight, or raise task_weight.")
+                "lower kd_weight, use relative=True for large maps, or raise task_weight.")
 
 # %% ../nbs/18_diagnostics.ipynb #2f03f167
 _BLUE, _ORANGE = '#0072B2', '#D55E00'

@@ -47,7 +47,7 @@ SETTINGS = { # Settings by name
                   'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd').replace(epochs=10),
                   'coco', {}, 8., 'empty=drop&valid=test')}
 def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
-_like('S1', 'S1 part', options=dict(channels_last=True), core_minutes=5.5, query='limit=100')
+_like('S1', 'S1 part', options=dict(channels_last=True), core_minutes=10., query='limit=100')
 _like('S2', 'S2 held out', query='holdout=500')
 _like('S2', 'S2 TextCNN', student='textcnn', core_minutes=.7)
 _like('S2', 'S4', recipe=get_recipe('text').replace(epochs=3, batch_size=128), kind='sst2',
