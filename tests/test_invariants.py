@@ -29,7 +29,7 @@ def moved(cb, before): return {n for n,p in cb.distiller.named_parameters() if n
 
 @every_pair
 def test_student_and_teacher_stay_what_they_are(pair):
-    learn, student, teacher, cb = build(pair)
+    learn, student, teacher, cb = build(pair, latent=32)
     teacher.train()
     for i,p in enumerate(teacher.parameters()): p.requires_grad_(i % 2 == 0)
     next(iter(teacher.children())).eval()              # a mixed mode must come back as it was
@@ -101,7 +101,7 @@ def test_teacher_given_as_a_learner_with_its_own_mode():
 
 @every_pair
 def test_validation_costs_no_teacher_forward_and_is_the_students_own(pair):
-    learn, student, teacher, cb = build(pair)
+    learn, student, teacher, cb = build(pair, latent=32)
     with quiet(learn): learn.fit(1, 1e-3)
     count, row, names = CountCalls(teacher), list(learn.recorder.values[-1]), list(learn.recorder.metric_names)
     with quiet(learn):
@@ -153,7 +153,7 @@ def test_export_holds_no_teacher_and_opens_without_this_package(tmp_path):
     dls, student, teacher = image_dls(tmp_path), tm('resnet10t'), vit(32)
     student.fc, teacher.head = nn.Linear(512, 2), nn.Linear(192, 2)
     plain = make_learner(deepcopy(student), dls=dls)
-    learn = make_learner(student, dls=dls, cbs=DiffKDCallback(teacher, verbose=False))
+    learn = make_learner(student, dls=dls, cbs=DiffKDCallback(teacher, verbose=False, latent=32))
     for l in (learn, plain):
         with quiet(l): l.fit(1, 1e-3)
         l.path = tmp_path
@@ -211,7 +211,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_student_state_dict_has_no_adapters():
-    learn, student, *_ = build('mobilenet_v2<-timm_resnet26')
+    learn, student, *_ = build('mobilenet_v2<-timm_resnet26', latent=32)
     with quiet(learn): learn.fit(1, 1e-3)
     assert list(student.state_dict()) == list(tv('mobilenet_v2').state_dict())
 
@@ -327,7 +327,7 @@ def test_weight_decay_spares_the_distillers_norms_and_biases():
 def test_task_loss_is_what_it_is_without_the_callback():
     "With all weights zero the student is bit-equal to one that was never distilled"
     for pair in (LIGHT, 'resnet10t<-deit'):
-        learn, student, *_ = build(pair, kd_weight=0., diffusion_weight=0., reconstruction_weight=0.)
+        learn, student, *_ = build(pair, latent=32, kd_weight=0., diffusion_weight=0., reconstruction_weight=0.)
         alone = make_learner(deepcopy(student), PAIRS[pair][2])
         for l in (learn, alone):
             set_seed(1, reproducible=True); l.dls.train.rng = random.Random(7)
@@ -381,7 +381,7 @@ def tiny_distiller(**kw):
     return DiffKDDistiller(plan, latent=8, **kw), {'feature': torch.randn(8, 12, 8, 8), 'logits': torch.randn(8, K, 1, 1)}, {'feature': torch.randn(8, 40, 8, 8), 'logits': torch.randn(8, K, 1, 1)}
 
 
-@pytest.mark.parametrize('kw', [{}, *(pytest.param(kw, marks=pytest.mark.slow) for kw in ({'denoiser': 'identity'}, {'start': 'gamma'},
+@pytest.mark.parametrize('kw', [{'steps': 2}, *(pytest.param(kw, marks=pytest.mark.slow) for kw in ({}, {'denoiser': 'identity'}, {'start': 'gamma'},
     {'adapter': False}, {'logits_loss': 'dist', 'start': 'paper', 'steps': 3}, {'trained_by': 'diffusion'}, {'trained_by': 'kd', 'norms': 'separate'}))], ids=str)
 def test_the_whole_distiller_compiles_without_a_graph_break(kw):
     torch._dynamo.reset()
