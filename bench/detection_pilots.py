@@ -3,7 +3,7 @@
     python bench/detection_pilots.py RUN [RUN ...] [--out results/bench/detection_pilots.json]
 
 Each RUN is a finished folder of `diffkd_train` on BCCD. The row says on which pictures it was read, and what its losses were in the last
-epoch: that of the task and that of the method, weighted.
+epoch: that of the task, and what the smoothed total has beyond it, which is the weighted one of the method.
 """
 import argparse, json, re
 from pathlib import Path

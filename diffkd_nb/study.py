@@ -44,8 +44,8 @@ SETTINGS = { # Settings by name
     'S3': Setting('S3', 'pyramid:mobilenetv1_075_tf', 'pyramid:small:8?width=32', get_recipe('camvid'), 'camvid',
                   dict(precision='bf16', keep_distiller=True, keep_student=True), 15., 'size=180x240&valid=test'),
     'S6': Setting('S6', 'detector:retinanet?encoder=mobilenetv1_075_tf&width=64&min_size=240&anchor=16',
-                  'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16', get_recipe('bccd').replace(epochs=10),
-                  'coco', {}, 8., 'empty=drop&valid=test')}
+                  'detector:retinanet?encoder=small:8&width=64&min_size=240&anchor=16',
+                  get_recipe('bccd').replace(epochs=10), 'coco', {}, 8., 'empty=drop&valid=test')}
 def _like(name, new, **changes): SETTINGS[new] = replace(SETTINGS[name], name=new, **changes)
 _like('S1', 'S1 part', options=dict(channels_last=True), core_minutes=10., query='limit=100')
 _like('S2', 'S2 held out', query='holdout=500')
