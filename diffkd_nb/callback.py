@@ -44,8 +44,8 @@ from .teacher_learner import compare_teacher
 from .precision import close_on_cpu, open_on_cpu
 
 # %% auto #0
-__all__ = ['ENGINE_STEPS', 'COMPILE_STEPS', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels', 'DistillCallback',
-           'TeacherlessCallback', 'distillation', 'DiffKDCallback', 'preset_callback']
+__all__ = ['ENGINE_STEPS', 'COMPILE_STEPS', 'DROWNED', 'first_samples', 'OptimizerTail', 'numbered', 'data_labels',
+           'DistillCallback', 'TeacherlessCallback', 'distillation', 'DiffKDCallback', 'preset_callback']
 
 # %% ../nbs/09_callback.ipynb #be1fca03
 def first_samples(
@@ -617,12 +617,27 @@ def after_train(self:DistillCallback):
     if self._part()[1] > 1: self.kd.tally.reduce()
     self.kd.check_finite()
     self.means.update(self.kd.tally.means())
+    if self.learn.epoch == 0: self._tell_drowned()
     self.detach()
 
 @patch
 def before_step(self:DistillCallback):
     "Average the distiller's gradients over the processes"
     if self.attached: self.kd.average_gradients()
+
+# %% ../nbs/09_callback.ipynb #78dad7fb
+DROWNED = 100 # Times the task's loss from which the method's are told
+
+@patch
+def _tell_drowned(self:DistillCallback):
+    "Warn where the method's losses leave nothing of the task's"
+    task = self.task_weight*(self.means.get('task') or 0)
+    losses = {n: abs(self.means.get(n) or 0) for n in self.distiller.loss_names}
+    if not 0 < DROWNED*task < sum(losses.values()) or self._part()[0]: return
+    most = max(losses, key=losses.get)
+    warn(f"over the first epoch the loss {most!r} was {losses[most]/task:,.0f} times the task's {task:.4g}, and the "
+         "student hardly learns the task: lower the method's weight, or pass relative=True where the method has it, as "
+         "for maps of a pyramid. [help: drowned]")
 
 # %% ../nbs/09_callback.ipynb #7a12029f
 @patch
