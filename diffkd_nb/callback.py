@@ -154,7 +154,7 @@ def numbered(
     dl # Training loader
 ): # A function that gives the places of the batch at hand (B,)
     "Let a loader tell which samples are in a batch; `ValueError` for one that cannot"
-    if hasattr(dl, 'batch_index'): yield lambda: torch.as_tensor(dl.batch_index); return    # loaders of `diffkd_nb.data`
+    if hasattr(dl, 'batch_index'): yield lambda: torch.as_tensor(dl.batch_index); return    # `diffkd_nb.loaders`
     if not isinstance(dl, DataLoader) or not getattr(dl, 'indexed', False):
         raise ValueError(f"this method must know which samples are in a batch, and {type(dl).__name__} does not tell: "
                          "use a fastai DataLoader over an indexed dataset. [help: which-samples]")
@@ -183,7 +183,7 @@ class DistillCallback(Callback):
     order = 5 # after MixUp (0), before gradient accumulation (6) and mixed precision (10)
     def __init__(self,
         teacher:nn.Module|Learner|Sequence|None, # The model to learn from, left as it is; or several, or none
-        distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or a method's name (see `METHODS`)
+        distiller:nn.Module|Callable|str, # A distiller, a function from a plan to one, or a name in `METHODS`
         taps:Sequence|None=None, # What to compare, see `plan_taps`; the method's own choice by default
         task_weight:float=1., # Weight of the Learner's own loss; 0 also distils on data without labels
         seed:int|None=None, # Seed of the distiller's random draws; PyTorch's initial seed by default
@@ -195,7 +195,7 @@ class DistillCallback(Callback):
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`; read from the Learner's loss by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings, equal to rounding; `'compile'`, `'bf16'`
+        teacher_engine:str='plain', # `'auto'`: a folded copy in long fits, equal to rounding; `'compile'`, `'bf16'`
         **options # Options of the method, where `distiller` is a name
     ):
         self.teacher_learners = _learners(teacher)
@@ -207,10 +207,10 @@ class DistillCallback(Callback):
         if taps is not None and not isinstance(taps, str) and not len(taps):
             raise ValueError("taps is empty: there is nothing to distil. "
                              "Leave it out for the default, ['feature', 'logits']. [help: taps]")
-        self.asked_taps,self.task_weight,self.seed,self.compile = taps,check_number('task_weight', task_weight),seed,compile
+        self.task_weight = check_number('task_weight', task_weight)
+        self.asked_taps,self.seed,self.compile,self.teacher_engine = taps,seed,compile,teacher_engine
         self.verbose,self.teacher_transform,self.cache,self.inputs = verbose,teacher_transform,cache,inputs
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
-        self.teacher_engine = teacher_engine
         self.kd = self.tail = self.before = self.trainer = self.waiting = self.index = self.lent_loss = None
         self.fitting = self.attached = self.in_batch = False
         self.memory_of = self.joined = None
@@ -350,16 +350,17 @@ def _context(self:DistillCallback, needs):
 @patch
 def _same_data(self:DistillCallback):
     "Whether the data set is the one that the method's memory is of"
-    return self.memory_of is None or self.learn is None or self.memory_of is getattr(self.learn.dls.train, 'dataset', None)
+    if self.memory_of is None or self.learn is None: return True
+    return self.memory_of is getattr(self.learn.dls.train, 'dataset', None)
 
 # %% ../nbs/09_callback.ipynb #d4045bca
 @patch
 def before_fit(self:DistillCallback):
     "Prepare a fit: checks, columns, guard; nothing for validation and prediction"
     if not self.learn.lock.locked(): return self._begin()
-    own = {'task', *self._names()}
+    own = {'task', *self._names()} - {m.name for m in self.learn.metrics}
     for c in self.learn.cbs:
-        if isinstance(c, TrackerCallback) and c.monitor in own and not any(m.name == c.monitor for m in self.learn.metrics): c.run = False
+        if isinstance(c, TrackerCallback) and c.monitor in own: c.run = False
 
 @patch
 def _begin(self:DistillCallback):
@@ -533,7 +534,7 @@ def before_batch(self:DistillCallback):
     "Hang the student's hooks for this batch; the first batch makes the plan"
     if not self.training or self.learn.lock.locked(): return
     if not self.fitting: self._begin()                                      # added in the middle of an epoch
-    if unwrap(self.learn.model) is not self.kd.student: self._distillation()        # another callback has changed the model
+    if unwrap(self.learn.model) is not self.kd.student: self._distillation()    # another callback changed the model
     if self.attached and self.joined is not self.learn.opt:
         self.tail.remove(self.joined); self.tail.add(self.learn.opt)
         self.joined = self.learn.opt
@@ -747,7 +748,7 @@ class DiffKDCallback(DistillCallback):
     @delegates(DiffKD.__init__, but=['student_channels', 'teacher_channels', 'kind', 'distance'])
     def __init__(self,
         teacher:nn.Module|Learner, # The model to learn from; left as it is
-        taps:Sequence|None=None, # See `plan_taps`: last feature map and logits by default; in segmentation the class map alone
+        taps:Sequence|None=None, # See `plan_taps`; last feature map and logits by default, for pixels the class map
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
         logits_loss:str='kl', # Distance of logit taps; `'dist'` is the paper's dagger row
         dense_loss:str|None=None, # Distance of class maps, void pixels included: `'dist'` by default, as in the paper
@@ -758,7 +759,7 @@ class DiffKDCallback(DistillCallback):
         reconstruction_weight:float=1., # lambda 2
         weights:dict|None=None, # Tap name to a factor on all its losses
         paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
-        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before all else
         levels:str='own', # Levels of a detector's pyramid have a denoiser each, or `'shared'`: one for all
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`
@@ -772,9 +773,10 @@ class DiffKDCallback(DistillCallback):
         teacher_engine:str='plain', # `'auto'`: a folded copy of the teacher in long trainings; `'compile'`, `'bf16'`
         **kwargs
     ):
-        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances, weights=weights,
-                    kd_weight=kd_weight, diffusion_weight=diffusion_weight,
-                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, levels=levels, **kwargs)
+        opts = dict(feature_loss=feature_loss, logits_loss=logits_loss, dense_loss=dense_loss, distances=distances,
+                    weights=weights, kd_weight=kd_weight, diffusion_weight=diffusion_weight,
+                    reconstruction_weight=reconstruction_weight, paced=paced, pretrain=pretrain, levels=levels,
+                    **kwargs)
         _check_diffkd(opts, kwargs)
         super().__init__(teacher, partial(DiffKDDistiller, **opts), taps, task_weight, seed, compile, verbose,
                          teacher_transform, cache, inputs, output_key, output, classes, teacher_engine)

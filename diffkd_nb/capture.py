@@ -136,13 +136,15 @@ def _why_missing(self:Capture, tap):
     p, here = self.places[tap], dict(unwrap(self.model).named_modules())
     text = f"tap {tap!r} of the {self.role} gave nothing in this forward pass"
     if self.strangers: return (f"{text}: a copy of the model ran in its place, as nn.DataParallel makes them. "
-                               "Train on one device, or with DistributedDataParallel (learn.distrib_ctx). [help: data-parallel]")
+                               "Train on one device, or with DistributedDataParallel (learn.distrib_ctx). "
+                               "[help: data-parallel]")
     if all(m is not here.get(p.name) for m,_ in self.hooks):
-        return (f"{text}: the module {p.name!r} was replaced since the taps were planned. Plan again (prepare(x), or a new fit). "
-                "[help: in-training]")
-    if unwrap(self.model) is not self.model or any(hasattr(m, '_compiled_call_impl') and m._compiled_call_impl for m in here.values()):
-        return (f"{text}. A model compiled and already run before training ignores new hooks: call torch._dynamo.reset() first, "
-                "or compile after attaching. [help: in-training]")
+        return (f"{text}: the module {p.name!r} was replaced since the taps were planned. Plan again (prepare(x), or a "
+                "new fit). [help: in-training]")
+    compiled = any(getattr(m, '_compiled_call_impl', None) for m in here.values())
+    if compiled or unwrap(self.model) is not self.model:
+        return (f"{text}. A model compiled and already run before training ignores new hooks: call "
+                "torch._dynamo.reset() first, or compile after attaching. [help: in-training]")
     if self.role == 'student' and not self.began:
         return f"{text}: the student did not run. Call the student on the batch first. [help: plain-loop]"
     return f"{text}: the module {p.name!r} did not run. Tap one that runs in every forward pass. [help: in-training]"
@@ -154,8 +156,9 @@ def _map(self:Capture, tap, mask):
     p, (x, _) = self.places[tap], self._own(tap)
     x = x.dequantize() if x.is_quantized else x
     x = x.clone() if x.is_inference() else x
-    wrong = ValueError(f"tap {tap!r} of the {self.role} gives {tuple(x.shape)}, and a {p.layout.kind} of {p.shape[0]} channels was "
-                       "planned: the model or its input has changed. Plan again (prepare(x), or a new fit). [help: in-training]")
+    wrong = ValueError(f"tap {tap!r} of the {self.role} gives {tuple(x.shape)}, and a {p.layout.kind} of {p.shape[0]} "
+                       "channels was planned: the model or its input has changed. Plan again (prepare(x), or a new "
+                       "fit). [help: in-training]")
     axes = dict(vector=2, map=4, channels_last=4).get(p.layout.kind, 3)
     if x.dim() != axes and p.layout.kind != 'vector': raise wrong
     if p.layout.kind not in (*SENTENCES, 'each_word'): mask = None

@@ -58,7 +58,8 @@ FLAGS = { # Field of `Setup` or `Job` to the help of its flag
                  '(default: float32)',
     'channels_last': 'keep maps with the channels last (the default)',
     'teacher_engine': 'auto: in long runs a copy of the teacher without its BatchNorms answers, equal to rounding; '
-                      'compile: it is also compiled, in longer ones; bf16: the teacher computes in bfloat16 (default: plain)',
+                      'compile: it is also compiled, in longer ones; bf16: the teacher computes in bfloat16 '
+                      '(default: plain)',
     'graph': 'record the training step as a CUDA graph, on a GPU',
     'eval_batch': 'images per validation batch',
     'student': 'name of a model',
@@ -97,8 +98,8 @@ arrays:FOLDER (read into memory),
          each with ?limit=N (images per class) and ?size=N (side in pixels), such as 'cifar100:data?limit=50';
          CIFAR also with ?holdout=N (validate on the last N training images of each class);
          images in memory also with ?share=X (a random share of the training images);
-         with a mask for each picture camvid:FOLDER | cityscapes:FOLDER | segmentation:FOLDER, with ?size=HEIGHTxWIDTH, \
-valid=, holdout=N, limit=N;
+         with a mask for each picture camvid:FOLDER | cityscapes:FOLDER | segmentation:FOLDER, with \
+?size=HEIGHTxWIDTH, valid=, holdout=N, limit=N;
          with boxes coco:FOLDER | voc:FOLDER, with ?train=, valid=, limit=N;
          sentences trec:FOLDER | sst2:FOLDER | csv:FILE?text=COLUMN&label=COLUMN, with ?holdout=N and bucket=N
 models:  names of diffkd_nb.models (resnet20, wrn_40_2, mobilenetv1, small:8, ...), timm:NAME, torchvision:NAME, \
@@ -212,7 +213,8 @@ examples:
   diffkd_train --data cifar100:data --teacher resnet56@teachers/resnet56/student.safetensors --student resnet20 \
 --method diffkd --out runs/diffkd-0
   diffkd_train --data digits --recipe tiny --student small:8 --method alone --out runs/try""")
-    p.add_argument('--methods', action=_Tell, help='say what each method needs, what it adds and when to use it, and end')
+    p.add_argument('--methods', action=_Tell,
+                   help='say what each method needs, what it adds and when to use it, and end')
     _common(p, required=True)
     p.add_argument('--teacher', help='NAME@FILE, or NAME@WEIGHTS for published ones '
                                      '(torchvision:resnet34@IMAGENET1K_V1, timm:NAME@pretrained); '
@@ -275,7 +277,8 @@ def _grid_options(p):
                    help='with --looks: a gain surely below so many points is decided as well')
     p.add_argument('--by-seed', nargs='+', default=[], metavar='OPTION=A,B',
                    help='what seeds vary besides, such as channels_last=true,false')
-    p.add_argument('--equal-time', metavar='METHOD', help='train each method as long as this one takes, in place of equal epochs')
+    p.add_argument('--equal-time', metavar='METHOD',
+                   help='train each method as long as this one takes, in place of equal epochs')
     p.add_argument('--reference',
                    help='method that the others are compared with (default: alone, or the one on record)')
     p.add_argument('--jobs', type=at_least(1), default=1, help='runs at a time, also on one GPU (default: 1)')
@@ -310,7 +313,8 @@ def _check_compare(p, a):
         if lacks:
             p.error(f"the following arguments are required: {', '.join(lacks)} (or --show FOLDER) [help: argument]")
     if a.table and (a.pair or a.recipe or a.reference):
-        p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out [help: argument]')
+        p.error('--table brings its own pairs, recipes and reference: leave --pair, --recipe and --reference out '
+                '[help: argument]')
 
 def _compared(a):
     "The comparisons that were asked for"

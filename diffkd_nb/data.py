@@ -15,8 +15,8 @@ from torch import nn, Tensor
 from torchvision import datasets
 from fastai.basics import DataLoaders
 from .files import InputError, csv_text, write_whole
-from .images import Data, ImageArrays, ImageFolder, array_dls, class_folders, data_spec, folder_arrays, folder_dls
-from .images import read_splits
+from .images import Data, ImageArrays, ImageFolder, array_dls, class_folders, data_spec
+from .images import folder_arrays, folder_dls, read_splits
 from .loaders import ArrayDL, FileDL
 from .transforms import Renormalise, STATS, Views, apply_views
 

@@ -237,7 +237,8 @@ def _report(a, result, teacher, data):
     verdicts = '\n'.join(all_verdicts(result, a.methods))
     print(f'\n\nAccuracy in percent on the validation images, last epoch; {a.student} learning from {a.teacher}:\n\n'
           f'{short_table(result).reset_index().to_string(index=False)}\n\n{verdicts}{seen}\n\n'
-          f'Runs, table and pictures: {a.out.resolve()}\nTo check them: diffkd_verify {a.out}{" --trust" if a.data else ""}')
+          f'Runs, table and pictures: {a.out.resolve()}\n'
+          f'To check them: diffkd_verify {a.out}{" --trust" if a.data else ""}')
 
 # %% ../nbs/31_demo.ipynb #25e80764
 def _announce(a, data, share):

@@ -41,7 +41,8 @@ def connectors(
     plan:Sequence[Tap] # From `plan_taps`
 ) -> list: # One for each tap
     "1x1 convolutions from the student's channels to the teacher's for features; class scores stay as they are"
-    return [nn.Conv2d(t.student.shape[0], t.teacher.shape[0], 1) if t.kind == 'feature' else nn.Identity() for t in plan]
+    conv = lambda t: nn.Conv2d(t.student.shape[0], t.teacher.shape[0], 1)
+    return [conv(t) if t.kind == 'feature' else nn.Identity() for t in plan]
 
 # %% ../nbs/06g_dense_methods.ipynb #23d66906
 class CWD(Distiller):
@@ -162,7 +163,7 @@ def pick_pixels(
 
 # %% ../nbs/06g_dense_methods.ipynb #3cb22226
 class CIRKD(Distiller):
-    "Relations of pixels within the batch and to a memory of the teacher (Yang et al., CVPR 2022); labels leave void pixels out"
+    "Relations of pixels in the batch and to a memory of the teacher (Yang et al., CVPR 2022); void pixels are left out"
     loss_names, default_taps, needs = ('kd', 'pairs', 'pixels', 'regions'), ['feature', 'logits'], ('draws',)
     takes, dense, hard_labels, outputs = dict(feature=(1, 1), logits=(1, 1)), True, True, DKD.outputs
     use = 'For segmentation with labels, where memory for pairs of pixels is there.'
@@ -176,7 +177,7 @@ class CIRKD(Distiller):
         regions:float=.1, # Weight of the relations to remembered regions
         pixel_memory:int=20000, # Remembered pixels of each class
         region_memory:int=2000, # Remembered regions of each class
-        sample:Sequence[int]=(4096, 1024), # About how many pixels and regions a step compares with, all classes together
+        sample:Sequence[int]=(4096, 1024), # About how many pixels and regions a step compares with, over all classes
         weight:float=1. # Factor on all losses
     ):
         super().__init__(plan, weight)
@@ -195,7 +196,8 @@ class CIRKD(Distiller):
 def _make_memory(self:CIRKD, feature, logits, sizes, sample):
     "The projection and both memories"
     s, t, k = feature.student.shape[0], feature.teacher.shape[0], logits.teacher.shape[0]
-    project = nn.Sequential(nn.Conv2d(s, t, 1, bias=False), nn.BatchNorm2d(t), nn.ReLU(), nn.Conv2d(t, t, 1, bias=False))
+    project = nn.Sequential(nn.Conv2d(s, t, 1, bias=False), nn.BatchNorm2d(t), nn.ReLU(),
+                            nn.Conv2d(t, t, 1, bias=False))
     self.adapters.extend(project if i == self.order[0] else nn.Identity() for i in range(2))
     self.classes, self.sample = k, [min(n//k + 1, size) for n,size in zip(sample, sizes)]
     self.pixel_memory, self.region_memory = (Memory(k, size, t) for size in sizes)
@@ -269,7 +271,7 @@ def dice(
 
 # %% ../nbs/06g_dense_methods.ipynb #1b173a61
 class MasKD(Distiller):
-    "Squared error inside of masks that keep what the teacher needs (Huang et al., ICLR 2023); labels, void pixels left out"
+    "Squared error inside of masks that keep what the teacher needs (Huang et al., ICLR 2023); void pixels are left out"
     loss_names, default_taps, dense_taps, needs = ('maskd', 'tokens'), ['feature', 'logits'], ['logits'], ('teacher',)
     takes, dense, hard_labels, outputs = dict(feature=(0, 1), logits=(1, 1)), True, True, DKD.outputs
     use = 'For segmentation with labels, where most pixels say little.'
@@ -321,5 +323,6 @@ def losses(self:MasKD, student, teacher, target=None):
 @patch
 def columns(self:MasKD):
     "As of every method; the compared tap has the tokens too"
-    counts = [sum(p.numel() for p in a.parameters()) + (self.token.numel() if i == self.at else 0) for i,a in enumerate(self.adapters)]
+    tokens = lambda i: self.token.numel() if i == self.at else 0
+    counts = [sum(p.numel() for p in a.parameters()) + tokens(i) for i,a in enumerate(self.adapters)]
     return {'added parameters': [f'{n:,}' for n in counts]}

@@ -146,7 +146,7 @@ class DetectionCallback(Callback):
 BoxDataset.loss_func = DetectionLoss()
 
 # %% ../nbs/16c_detection.ipynb #eb68444a
-# In double precision, as COCO's own program has them; torchmetrics' are rounded, and recalls that equal one fall beside it
+# In double precision, as COCO's own program has them: torchmetrics' are rounded, and equal recalls fall beside them
 _THRESHOLDS = dict(iou_thresholds=np.linspace(.5, .95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist())
 
 def new_precision():
@@ -158,7 +158,8 @@ def new_precision():
         raise InputError("average precision needs torchmetrics and faster_coco_eval: pip install 'diffkd_nb[dense]'. "
                          "[help: optional-extra]") from None
 
-_FIGURES = dict(map='map', map50='map_50', map75='map_75', map_small='map_small', map_medium='map_medium', map_large='map_large')
+_FIGURES = dict(map='map', map50='map_50', map75='map_75', map_small='map_small', map_medium='map_medium',
+                map_large='map_large')
 
 def read_precision(
     metric, # From `new_precision`, with all pictures in it

@@ -167,11 +167,14 @@ def _voc_objects(f, a):
     "(left, top, right, bottom), name and difficulty of each object"
     objects = a.get('object', [])
     for o in objects if isinstance(objects, list) else [objects]:
-        try: yield [float(o['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax')], o['name'], int(o.get('difficult', 0) or 0)
+        try:
+            box = [float(o['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+            yield box, o['name'], int(o.get('difficult', 0) or 0)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{f} has an object without name or bndbox (xmin, ymin, xmax, ymax). "
                              "[help: boxes]") from None
 
+# %% ../nbs/16_detection_data.ipynb #bac9f930
 def read_voc(
     files:Sequence, # XML files
     images:Sequence, # Their pictures
@@ -182,8 +185,9 @@ def read_voc(
     for n,(f,image) in enumerate(zip(files, images)):
         a, rows = _voc_xml(f), []
         for box,name,hard in _voc_objects(f, a):
-            if name not in label: raise InputError(f"{f} has an object of class {name!r}, expected one of {', '.join(classes)}. "
-                                                   "[help: boxes]")
+            if name not in label:
+                raise InputError(f"{f} has an object of class {name!r}, expected one of {', '.join(classes)}. "
+                                 "[help: boxes]")
             rows.append((*box, label[name], hard))
         try: size = int(a['size']['height']), int(a['size']['width'])
         except (KeyError, TypeError, ValueError): size = _size_of(image)
@@ -198,8 +202,9 @@ def _size_of(f):
 
 # %% ../nbs/16_detection_data.ipynb #2ca5c6fe
 _AUGMENT = { # Name to a transform of pictures with boxes
-    'flip': lambda: v2.RandomHorizontalFlip(), 'vflip': lambda: v2.RandomVerticalFlip(), 'crop': lambda: v2.RandomIoUCrop(),
-    'zoom': lambda: v2.RandomZoomOut(fill=114), 'color': lambda: v2.ColorJitter(.3, .3, .3, .02)}
+    'flip': lambda: v2.RandomHorizontalFlip(), 'vflip': lambda: v2.RandomVerticalFlip(),
+    'crop': lambda: v2.RandomIoUCrop(), 'zoom': lambda: v2.RandomZoomOut(fill=114),
+    'color': lambda: v2.ColorJitter(.3, .3, .3, .02)}
 
 class BoxTransform:
     "Augments a picture and its boxes alike; boxes that are less than a pixel wide or high are left out"
@@ -280,7 +285,8 @@ def __getitem__(self:BoxDataset, i):
 class _Given(BoxDataset):
     "Pictures without boxes: paths, pictures of Pillow, arrays or tensors"
     def read(self, i): return picture_of(self.pictures[i])
-    def __getitem__(self, i): return self.read(i), make_target(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.long), i), i
+    def __getitem__(self, i):
+        return self.read(i), make_target(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.long), i), i
 
 class BoxDL(FileDL):
     "Batches of pictures with boxes"
@@ -429,12 +435,14 @@ def dls(self:DetectionData,
     return DataLoaders(BoxDL(train, bs=batch_size, shuffle=True, drop_last=True, **kw),
                        BoxDL(valid, bs=min(eval_batch or batch_size, 16), **kw), device=device)
 
+# %% ../nbs/16_detection_data.ipynb #68f07440
 @patch
 def hash(self:DetectionData,
     whole:int=2*10**9 # Bytes of files to read at most; for more, names and sizes are hashed
 ) -> str: # `'content:'` or `'listing:'` and 64 hexadecimal digits
     "SHA-256 of pictures, boxes, split and classes"
-    h, files = hashlib.sha256(json.dumps([self.classes, self.n_train, self.n_valid]).encode()), [p for s in self.pictures for p in s]
+    h = hashlib.sha256(json.dumps([self.classes, self.n_train, self.n_valid]).encode())
+    files = [p for s in self.pictures for p in s]
     full = sum(p.file.stat().st_size for p in files) <= whole
     for p in files:
         name = p.file.relative_to(self.folder) if p.file.is_relative_to(self.folder) else p.file
@@ -473,7 +481,8 @@ def _open_coco(folder, train, valid, numbers):
 
 # %% ../nbs/16_detection_data.ipynb #68f7bb19
 def _voc_names(folder, split):
-    f = next((folder/d/f'{split}.txt' for d in ('ImageSets/Main', 'ImageSets', '.') if (folder/d/f'{split}.txt').is_file()), None)
+    places = [folder/d/f'{split}.txt' for d in ('ImageSets/Main', 'ImageSets', '.')]
+    f = next((p for p in places if p.is_file()), None)
     if f is None:
         raise InputError(f"{folder} has no ImageSets/Main/{split}.txt: expected Pascal VOC's layout, or name the split "
                          "(train=, valid=). [help: data-folder]")
@@ -537,12 +546,14 @@ def open_detection(
         few = np.unique(np.linspace(0, len(splits[0]) - 1, int(limit)).round().astype(int))
         splits = ([splits[0][i] for i in few], splits[1])
     said = ', '.join(filter(None, [folder.name, asked.get('valid')]))
-    return DetectionData(folder, splits, classes, f'{said} ({len(splits[0]):,} for training)', data_spec(kind, path, **asked))
+    title = f'{said} ({len(splits[0]):,} for training)'
+    return DetectionData(folder, splits, classes, title, data_spec(kind, path, **asked))
 
 def _fit(found, asked, what):
     "Checked pictures; what was left out is said"
     found, (dropped, cut) = check_boxes(found, **{k: asked[k] for k in _FIXES if k in asked})
-    said = [f"{n} box{'es'*(n > 1)} {how}" for n,how in ((dropped, 'without area left out'), (cut, 'cut at the edge')) if n]
+    counts = (dropped, 'without area left out'), (cut, 'cut at the edge')
+    said = [f"{n} box{'es'*(n > 1)} {how}" for n,how in counts if n]
     if said: print(f"{what}: {' and '.join(said)}", file=sys.stderr)
     return found
 
@@ -583,5 +594,6 @@ def write_objects(
             for l,t,r,b,c,crowd in map(lambda row: map(int, row), rows):
                 boxes.append(dict(id=len(boxes) + 1, image_id=i, category_id=cats[c-1]['id'], bbox=[l, t, r - l, b - t],
                                   area=(r - l)*(b - t), iscrowd=crowd))
-        (folder/f'instances_{split}.json').write_text(json.dumps(dict(images=images, annotations=boxes, categories=cats)))
+        text = json.dumps(dict(images=images, annotations=boxes, categories=cats))
+        (folder/f'instances_{split}.json').write_text(text)
     return f'coco:{folder}'

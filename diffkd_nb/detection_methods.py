@@ -25,7 +25,7 @@ __all__ = ['box_masks', 'same_width', 'BoxFitNet', 'channel_attention', 'GcBlock
 def box_masks(
     boxes:Sequence, # For each picture (n, 4): left, top, right, bottom, 0 to 1
     size:Sequence[int] # Height and width of the map
-) -> tuple[Tensor,Tensor]: # (B, h, w): 1 over the size of the smallest box that is there, 0 outside; 1 over the size of the background
+) -> tuple[Tensor,Tensor]: # (B, h, w): 1 over the size of the smallest box there, else 0; 1 over that of the background
     "Where boxes and background are"
     (h, w), inside = size, []
     for b in boxes:
@@ -86,7 +86,8 @@ class GcBlock(nn.Module):
         super().__init__()
         c = max(channels//2, 1)
         self.where = nn.Conv2d(channels, 1, 1)
-        self.says = nn.Sequential(nn.Conv2d(channels, c, 1), nn.LayerNorm([c, 1, 1]), nn.ReLU(), nn.Conv2d(c, channels, 1))
+        self.says = nn.Sequential(nn.Conv2d(channels, c, 1), nn.LayerNorm([c, 1, 1]), nn.ReLU(),
+                                  nn.Conv2d(c, channels, 1))
         nn.init.kaiming_normal_(self.where.weight, mode='fan_in')
         for p in (self.where.bias, *self.says[-1].parameters()): nn.init.zeros_(p)
 
@@ -127,7 +128,8 @@ def level(self:FGD,
     boxes:Sequence # See `box_masks`
 ) -> tuple[Tensor,Tensor,Tensor]: # Error in boxes, error in the background, distance of the attentions
     "The focal part of one level"
-    (s_at, t_at), (s_ch, t_ch) = ([f(x, self.temperature) for x in (student, teacher)] for f in (attention, channel_attention))
+    (s_at, t_at), (s_ch, t_ch) = ([f(x, self.temperature) for x in (student, teacher)]
+                                  for f in (attention, channel_attention))
     error, n = (student - teacher).square()*t_at*t_ch, len(student)
     inside, outside = ((error*m[:, None]).sum()/n for m in box_masks(boxes, student.shape[2:]))
     return inside, outside, ((s_at - t_at).abs().sum() + (s_ch - t_ch).abs().sum())/n
@@ -140,7 +142,8 @@ def losses(self:FGD, student, teacher, target=None):
         apart = (to_float32(mine(s)) - to_float32(theirs(t))).square().sum()/len(s)
         found = found + torch.stack([*self.level(s, t, target), apart])
     inside, outside, at, apart = found
-    return {'focal': w['inside']*inside + w['outside']*outside, 'attention': w['attention']*at, 'global': w['relation']*apart}
+    focal = w['inside']*inside + w['outside']*outside
+    return {'focal': focal, 'attention': w['attention']*at, 'global': w['relation']*apart}
 
 # %% ../nbs/06h_detection_methods.ipynb #7c1476a1
 def standard_channels(
@@ -208,7 +211,8 @@ def losses(self:HeadKD, student, teacher, target=None):
     s, t = pairs['head.boxes']
     error = self.box_loss(s, t, reduction='none').mean(1)[..., 0]
     w = anchor_scores(pairs['head.classes'][1]) if self.where == 'teacher' else torch.ones_like(error)
-    return {'classes': says('head.classes'), 'boxes': self.boxes*(error*w).sum()/w.sum().clamp(min=1e-6), 'centres': says('head.centres')}
+    boxes = self.boxes*(error*w).sum()/w.sum().clamp(min=1e-6)
+    return {'classes': says('head.classes'), 'boxes': boxes, 'centres': says('head.centres')}
 
 # %% ../nbs/06h_detection_methods.ipynb #57cbf0fb
 class RoIKD(Distiller):

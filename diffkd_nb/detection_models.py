@@ -122,8 +122,10 @@ def _torchvision(name, rest, asked, outputs):
     family, _, body = rest.removesuffix('_fpn').partition('_')
     own = torchvision.models.list_models(_tv)
     if rest in own and not {'weights', 'norm', 'anchor'} & set(asked):
-        return torchvision.models.get_model(rest, weights=None, weights_backbone=None, num_classes=outputs, **_sizes(asked))
-    bodies = [m for m in torchvision.models.list_models(torchvision.models) if m.startswith(('resnet', 'resnext', 'wide_resnet'))]
+        return torchvision.models.get_model(rest, weights=None, weights_backbone=None, num_classes=outputs,
+                                            **_sizes(asked))
+    known = torchvision.models.list_models(torchvision.models)
+    bodies = [m for m in known if m.startswith(('resnet', 'resnext', 'wide_resnet'))]
     if family in _FAMILIES and rest.endswith('_fpn') and body in (*bodies, 'mobilenet_v2', 'mobilenet_v3_large'):
         return _detector(family, _tv_backbone(family, body, asked), outputs, asked)
     raise InputError(f"there is no detector named {name!r}: expected torchvision:FAMILY_BACKBONE_fpn, where FAMILY is "

@@ -36,7 +36,8 @@ def pyramid(
     role:str='model' # Word for the model in the error message
 ) -> tuple: # Name of the module, and its levels: key to map
     "Where a detector's pyramid comes from; `ValueError` where there is none"
-    maps = lambda o: {k: m for k,m in o.items() if isinstance(m, Tensor) and m.dim() == 4} if isinstance(o, Mapping) else {}
+    def maps(o):
+        return {k: m for k,m in o.items() if isinstance(m, Tensor) and m.dim() == 4} if isinstance(o, Mapping) else {}
     found = [(r.name, m) for r in records if r.name and len(m := maps(r.output)) > 1]
     if found: return found[-1]
     raise ValueError(f"taps=['fpn'] compares the levels of a pyramid, and no module of the {role} gives a dict of "
@@ -90,7 +91,7 @@ def roi_pairs(
     teacher:Sequence[Record] # Of the teacher
 ): # Yields requests as of `named_tap`
     "What two box heads give; `ValueError` where there are none or where their classes differ"
-    mine, theirs = (next((r.output for r in records if r.name == BOX_PREDICTOR), None) for records in (student, teacher))
+    mine, theirs = (next((r.output for r in rs if r.name == BOX_PREDICTOR), None) for rs in (student, teacher))
     if mine is None or theirs is None:
         raise ValueError("taps=['rois'] compares the box heads of two two-stage detectors (Faster R-CNN), and "
                          f"{'the student' if mine is None else 'the teacher'} has none: use taps=['fpn']. "

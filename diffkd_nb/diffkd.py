@@ -70,47 +70,47 @@ class DiffKD(nn.Module):
     def __init__(self,
         student_channels:int, # Channels of the student's feature, or classes
         teacher_channels:int, # Channels of the teacher's feature, or classes
-        kind:str='feature', # `'feature'` (B, C, H, W); `'words'`, see `marked_words`; `'logits'` (B, K); `'dense'` (B, K, H, W)
-        latent:int|str|None='auto', # Width of the autoencoder; `'auto'` as the paper, None for none; class scores have none
+        kind:str='feature', # `'feature'`, `'dense'` (B, C, H, W), `'words'` (`marked_words`), `'logits'` (B, K)
+        latent:int|str|None='auto', # Width of the autoencoder; `'auto'`: the paper's; None: none, as for class scores
         steps:int=5, # Denoiser calls on the student's feature
         start:str|int='released', # First time of denoising, see `ddim_times`; `'gamma'`: the one that gamma implies
         adapter:bool=True, # Without it no noise is added and gamma is 1
-        denoiser:str|nn.Module|Callable='diffusion', # Or `'unet'`, `'mlp'`, `'transformer'`, your own; `'identity'`: none
+        denoiser:str|nn.Module|Callable='diffusion', # Or `'unet'`, `'mlp'`, `'transformer'`, yours; `'identity'`: none
         trained_by:str='both', # Which loss trains the denoiser: `'both'`, `'diffusion'` or `'kd'` alone
         norms:str='shared', # BatchNorm of the denoiser: `'shared'`, or `'separate'` layers for the student's maps
-        distance:str|None=None, # See `DISTANCES`; `'mse'` for features, `'kl'` for logits, `'dist'` for maps of classes by default
+        distance:str|None=None, # See `DISTANCES`; by default `'mse'`, `'kl'` for logits, `'dist'` for maps of classes
         temperature:float=1., # Temperature of `'kl'`, `'dist'` and `'cwd'`
         align:str='smaller', # Whose size maps of different size get, see `common_size`
         output:str|Callable|None=None, # What logits mean, see `Scores`; classes by default
         zscore:bool=False, # Compare class scores in units of their own spread, see `standard_scores`
         predicts:str='noise', # What the denoiser guesses: `'noise'`, or `'clean'`, the feature without it
         mixing:str='paper', # Start of the denoising: `'paper'`, eq. 8, or `'vp'`, which keeps the variance
-        dense_form:str='bottleneck', # Adapter and denoiser of class maps: 3x3 bottlenecks, or `'pointwise'` layers as of logits
+        dense_form:str='bottleneck', # Adapter and denoiser of class maps: 3x3, or `'pointwise'` layers as of logits
         least_width:int=4, # Smallest inner width of a class map's denoiser, half of it in the adapter
         relative:bool=False # Feature maps alone: in units of the teacher's spread, see `spread`
     ):
         super().__init__()
-        _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing, dense_form=dense_form)
+        _check(kind=kind, align=align, trained_by=trained_by, norms=norms, predicts=predicts, mixing=mixing,
+               dense_form=dense_form)
         _check_pairs(kind, distance, start, adapter, relative)
         if isinstance(denoiser, str) and denoiser != 'identity': _check_width(kind, teacher_channels)
-        self.kind, self.align, self.steps, self.start = kind, align, steps, start
-        self.trained_by, self.predicts, self.mixing = trained_by, predicts, mixing
-        self.relative = relative and kind == 'feature'
+        self.kind,self.align,self.steps,self.start,self.mixing = kind,align,steps,start,mixing
+        self.trained_by,self.predicts,self.relative = trained_by,predicts,relative and kind == 'feature'
         self.controlled = start == 'gamma' or trained_by != 'both' or norms == 'separate' or predicts == 'clean'
         self.coefficients = ddim_coefficients(steps, 'released' if start == 'gamma' else start)
         self.form, self.least = (_FORMS[dense_form], _least_widths(least_width)) if kind == 'dense' else (kind, (1, 1))
         self._make_parts(student_channels, teacher_channels, latent, adapter, denoiser, norms)
         self.register_buffer('times', torch.tensor([t for t,_,_ in self.coefficients]), persistent=False)
         self.register_buffer('log_snr', log_snr_schedule() if start == 'gamma' else None, persistent=False)
-        scored = kind in ('logits', 'dense')
-        self.scores = Scores(output, teacher_channels) if scored else None
-        self.distance = get_distance(distance or _usual(kind, output), temperature, output, zscore and scored)
+        self.scores = Scores(output, teacher_channels) if kind in ('logits', 'dense') else None
+        zscore = zscore and self.scores is not None
+        self.distance = get_distance(distance or _usual(kind, output), temperature, output, zscore)
 
 # %% ../nbs/05_diffkd.ipynb #200feb98
 _FORMS = dict(bottleneck='feature', pointwise='logits')
-_CHOICES = dict(kind=('feature', 'words', 'logits', 'dense'), dense_form=tuple(_FORMS), align=('smaller', 'student', 'teacher'),
-                trained_by=('both', 'diffusion', 'kd'), norms=('shared', 'separate'),
-                predicts=('noise', 'clean'), mixing=('paper', 'vp'))
+_CHOICES = dict(kind=('feature', 'words', 'logits', 'dense'), dense_form=tuple(_FORMS),
+                align=('smaller', 'student', 'teacher'), trained_by=('both', 'diffusion', 'kd'),
+                norms=('shared', 'separate'), predicts=('noise', 'clean'), mixing=('paper', 'vp'))
 def _check(**given):
     "`ValueError` for an option that is none of its choices"
     for k,v in given.items():
@@ -267,7 +267,8 @@ def denoise(self:DiffKD,
     "All that calls the denoiser: n steps on the student's feature (eq. 4-5), one on the teacher's noisy latent (eq. 3)"
     if self.controlled:
         x = self.walk(x, gamma)
-        loss = (clean_loss if self.predicts == 'clean' else diffusion_loss)(self.denoiser, self.schedule, target, noise, t)
+        loss = clean_loss if self.predicts == 'clean' else diffusion_loss
+        loss = loss(self.denoiser, self.schedule, target, noise, t)
         return x, loss.detach() if self.trained_by == 'kd' else loss
     with nullcontext() if torch.compiler.is_compiling() else shared_weights(self.denoiser):
         embs = self.denoiser.embed(torch.cat([self.times, t]))
@@ -292,8 +293,9 @@ def forward(self:DiffKD,
                          "Use a larger batch, and drop_last=True if only the last batch is that small. "
                          "[help: batch-of-one]")
     if self.kind == 'words' and student.shape[2] != teacher.shape[2]:
-        raise ValueError(f"the student has {student.shape[2]} words in this batch and the teacher {teacher.shape[2]}, so "
-                         "they do not read the same ones: name the tap's modules with layout='pooled'. [help: shape]")
+        raise ValueError(f"the student has {student.shape[2]} words in this batch and the teacher {teacher.shape[2]}, "
+                         "so they do not read the same ones: name the tap's modules with layout='pooled'. "
+                         "[help: shape]")
     given = self._complete((noise, diffusion_noise, timesteps), student, teacher, draws)
     with padding_at(self, split_mark(student)[1]) if self.kind == 'words' else nullcontext():
         return self._refined(student, teacher, *given)
@@ -394,7 +396,8 @@ def _shared_levels(plan, levels):
     "For each tap the number of its module; `ValueError` for a choice that is none"
     if levels not in ('own', 'shared'): raise ValueError(f"levels must be 'own' or 'shared', got {levels!r}. "
                                                          "[help: method-options]")
-    key = lambda t: (t.student.shape[0], t.teacher.shape[0]) if levels == 'shared' and t.name.startswith('fpn.') else t.name
+    shares = lambda t: levels == 'shared' and t.name.startswith('fpn.')
+    key = lambda t: (t.student.shape[0], t.teacher.shape[0]) if shares(t) else t.name
     keys = list(dict.fromkeys(map(key, plan)))
     return [keys.index(key(t)) for t in plan]
 
@@ -409,14 +412,14 @@ class DiffKDDistiller(Distiller):
         plan:Sequence[Tap], # From `plan_taps`
         feature_loss:str='mse', # Distance of feature taps, see `DISTANCES`
         logits_loss:str='kl', # Distance of logit taps; `'dist'` is the paper's dagger row
-        dense_loss:str|None=None, # Distance of class maps: `'dist'` by default, the paper's for segmentation; or `'kl'`, `'cwd'`
+        dense_loss:str|None=None, # Distance of class maps: `'dist'` by default, as in the paper; or `'kl'`, `'cwd'`
         distances:Mapping|None=None, # Tap name to distance, where one tap differs from its kind
         kd_weight:float=1., # lambda 3 of eq. 9
         diffusion_weight:float=1., # lambda 1
         reconstruction_weight:float=1., # lambda 2
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
         paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
-        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student begins
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before all else
         levels:str='own', # Levels of a pyramid have a denoiser each, or `'shared'`: one for all of the same width
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
                  # align, zscore, predicts, mixing, dense_form, least_width, relative
@@ -480,15 +483,18 @@ def _paced(self:DiffKDDistiller, student, target):
 def learn_teacher(self:DiffKDDistiller, teacher, draws=None):
     "Diffusion and reconstruction loss, summed over taps"
     found = [tap.learn_teacher(teacher[n], size, draws) for tap,n,size in zip(self.taps, self.names, self.sizes)]
-    return {k: sum(self.lambdas[k]*w*l[i] for w,l in zip(self.weights, found)) for i,k in enumerate(('diffusion', 'reconstruction'))}
+    summed = lambda k, i: sum(self.lambdas[k]*w*l[i] for w,l in zip(self.weights, found))
+    return {k: summed(k, i) for i,k in enumerate(('diffusion', 'reconstruction'))}
 
 # %% ../nbs/05_diffkd.ipynb #bda34c91
 @patch
 def columns(self:DiffKDDistiller) -> dict: # Header to one value per tap
     "What the plan's table says about each tap: latent width and number of training-only parameters"
-    return {'latent': [t.width if t.autoencoder is not None else '-' for t in self.taps],
-            'added parameters': [f'{sum(p.numel() for p in t.parameters()):,}' if list(self.taps).index(t) == i else 'shared'
-                                 for i,t in enumerate(self.taps)]}
+    taps = list(self.taps)
+    counts = [sum(p.numel() for p in t.parameters()) for t in taps]
+    return {'latent': [t.width if t.autoencoder is not None else '-' for t in taps],
+            'added parameters': [f'{n:,}' if taps.index(t) == i else 'shared'
+                                 for i,(t,n) in enumerate(zip(taps, counts))]}
 
 @patch
 def pieces(self:DiffKDDistiller) -> list: # The taps, but for sentences, whose length changes

@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
     "Guesses the noise in a noisy teacher feature: epsilon_theta of eq. 3"
     def __init__(self,
         channels:int, # Latent width L
-        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` for (B, L) or each position
+        kind:str='feature', # `'feature'` (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` (B, L) or for each position
         least:int=1 # Smallest inner width of the bottlenecks
     ):
         super().__init__()

@@ -366,7 +366,8 @@ def _summary(name, own, other):
 def _sentences(comparison):
     "Differences in words"
     if comparison is None: return []
-    say = lambda r: difference_text(r.difference, r.low, r.high, r['p (Holm)'], r.n, r.verdict, comparison.attrs['unit'])
+    unit = comparison.attrs['unit']
+    say = lambda r: difference_text(r.difference, r.low, r.high, r['p (Holm)'], r.n, r.verdict, unit)
     return [f'{pair}: {say(r)}' for pair,r in comparison.iterrows()]
 
 def _model_of(teacher):
@@ -402,7 +403,8 @@ def _other_outputs(learn, kd, teacher, mine):
     if n != mine.width:
         return f"it gives {n:,} outputs and the student {mine.width:,}, so its classes are not the metric's"
     order = None if kd is None else kd.classes
-    return '' if order is None or list(order) == list(range(n)) else "its classes stand in another order, as classes= says"
+    if order is None or list(order) == list(range(n)): return ''
+    return "its classes stand in another order, as classes= says"
 
 # %% ../nbs/33_distill.ipynb #45bd19c5
 def _cost_rows(learn, kd, teacher, seconds):

@@ -208,7 +208,7 @@ class Distillation:
         output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
         output=None, # What logits mean, see `output_kind`: class scores by default
         classes:Sequence|None=None, # For each of the student's outputs the teacher's, see `plan_taps`
-        teacher_engine:str='plain', # `'auto'`: a folded copy answers, equal to rounding; `'compile'`, `'bf16'`: see `ENGINES`
+        teacher_engine:str='plain', # `'auto'`: a folded copy, equal to rounding; `'compile'`, `'bf16'`: see `ENGINES`
         **options # Options of a method that is named
     ):
         self.method = as_method(method, options)
@@ -221,7 +221,7 @@ class Distillation:
         self.plan = self.distiller = self.generator = self.made_of = None
         self.draws,self._lent,self._recording,self.writes_inputs = Draws(),None,False,False
         self.output_key,self.output,self.classes = output_key,None if output is None else check_kind(output),classes
-        self.waiting = self.same_data = None    # a state that came before the plan; tells whether the data are the memory's
+        self.waiting = self.same_data = None    # a state from before the plan; tells whether the data are the memory's
         self.teacher_engine,self.engine,self._may_fold,self._may_compile = teacher_engine,None,False,False
         self.engine_note = 'bf16' if teacher_engine == 'bf16' else 'plain'      # which one answers, and why
         if isinstance(xb, Tensor) or len(xb): self.prepare(xb)
@@ -234,7 +234,7 @@ def transformed(
     transform:Callable|None, # Function of an input, or of all inputs; sentences as numbers come as they are
     xb:tuple # Inputs of the student
 ) -> tuple: # Inputs of the teacher
-    "Apply a transform to copies of the pictures, of all floats where there are no pictures, of all where there are none"
+    "Apply a transform to copies of the pictures, else of all floats, else of all inputs"
     if transform is None: return tuple(xb)
     if len(xb) == 2 and isinstance(xb[0], (list, tuple)):        # pictures of a detector; its boxes stay
         return [transform(_copy(x)) for x in xb[0]], xb[1]
@@ -284,7 +284,8 @@ def prepare(self:Distillation,
     with same_rng():
         with seeded((seed + 0x5eed) % 2**63):
             taps = self.method.taps(self.asked_taps)
-            plan = self._find_taps(xb, taps, self.method.dense_taps(self.asked_taps), self.method.box_taps(self.asked_taps))
+            of_maps, of_boxes = (f(self.asked_taps) for f in (self.method.dense_taps, self.method.box_taps))
+            plan = self._find_taps(xb, taps, of_maps, of_boxes)
             keep = self.distiller is not None and plan == self.plan and self.data_is_same()
             if not keep: self.distiller = self._made(plan)
     if not keep: self.generator = None
@@ -521,7 +522,8 @@ def _ask(self:Distillation, xb):
     "The maps of the teacher itself"
     with torch.no_grad(), self._teacher_capture:
         if is_detector(self.teacher):
-            ask_detector(self.teacher, xb[0], {t.teacher.name for t in self.plan}, self._proposals and self._proposals.boxes)
+            names = {t.teacher.name for t in self.plan}
+            ask_detector(self.teacher, xb[0], names, self._proposals and self._proposals.boxes)
         else: self._teacher_capture.note_output(self.teacher(*xb))
         return self._teacher_capture.maps()
 
@@ -536,6 +538,7 @@ def teacher_maps(self:Distillation,
     if self.tally.finite.device.type == 'cpu' and not self._recording: self.check_finite()
     return maps
 
+# %% ../nbs/08_distillation.ipynb #54b13176
 @patch
 def check_finite(self:Distillation):
     "`ValueError` if the teacher gave a value that is not finite; on a GPU this waits for it"

@@ -142,7 +142,7 @@ class Distiller(nn.Module):
     dense_taps = None # The same for models that give maps of scores, as in segmentation; `default_taps` by default
     box_taps = ['fpn'] # The same for detectors
     takes = dict(feature=(1, math.inf), logits=(0, 0)) # Kind of tap to the least and the largest number of them
-    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`; 'boxes' where labels are those of a detector
+    needs = () # Fields of `Context` for the constructor; 'draws' and 'index' for `losses`; 'boxes' of a detector
     outputs = (*OUTPUTS, 'function') # Meanings of logits that it is defined for
     dense = False # Whether logits may be maps (B, K, H, W)
     by_word = False # Whether sentences may be compared word by word: it then gets `marked_words` and leaves padding out

@@ -111,7 +111,8 @@ def losses(self:DSKD, student, teacher, target=None, draws=None):
     z, clean = self.head.pool(z), self.head.pool(clean)
     self._look(clean, y, teacher[feature], self.scores(student[logits].flatten(1), teacher[logits].flatten(1))[1])
     weight, diffusion = self.lambdas
-    return {'lsh': weight*self.planes(z, clean, draws).mean(), 'mse': weight*F.mse_loss(z, clean), 'diffusion': diffusion*own}
+    lsh, mse = self.planes(z, clean, draws).mean(), F.mse_loss(z, clean)
+    return {'lsh': weight*lsh, 'mse': weight*mse, 'diffusion': diffusion*own}
 
 @patch
 @torch.no_grad()

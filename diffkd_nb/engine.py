@@ -150,7 +150,7 @@ def time_limit(
 
 # %% ../nbs/07c_engine.ipynb #38a87512
 COMPILE_SECONDS = 120. # Compiling may take so long
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 36*2**-8, torch.float16: 36*2**-11} # Of a teacher of some twenty layers
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 36*2**-8, torch.float16: 36*2**-11} # For some twenty layers
 
 @patch
 def compile(self:TeacherEngine,

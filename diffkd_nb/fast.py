@@ -25,7 +25,8 @@ from .gate import GATE
 __all__ = ['CudaRecording', 'why_plain', 'CudaGraphStep']
 
 # %% ../nbs/21_fast.ipynb #4a6f51a5
-_ANNOUNCED = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14) # Whether PyTorch wants to be told of generators
+# Whether PyTorch wants to be told of generators
+_ANNOUNCED = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
 
 class CudaRecording:
     "A CUDA graph of one step, on the current device"

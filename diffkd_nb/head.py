@@ -181,9 +181,9 @@ def gap(self:TeacherHead,
     if self.compared or len(said) < 2 or torch.compiler.is_compiling(): return gap
     self.compared, far, spread = True, float(gap), float((said - said.mean(0)).abs().mean())
     if far > .2*spread: warnings.warn(
-        f"the teacher's classifier, on the teacher's own map, differs from the teacher's scores by {far:.2g}, and these "
-        f"differ between samples by {spread:.2g}: something without parameters lies between the map and the classifier. "
-        "Tap what it reads. [help: teacher-classifier]", stacklevel=2)
+        f"the teacher's classifier, on the teacher's own map, differs from the teacher's scores by {far:.2g}, and "
+        f"these differ between samples by {spread:.2g}: something without parameters lies between the map and the "
+        "classifier. Tap what it reads. [help: teacher-classifier]", stacklevel=2)
     return gap
 
 # %% ../nbs/06c_head.ipynb #b19bc7d9

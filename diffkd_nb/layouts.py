@@ -109,7 +109,9 @@ def find_layout(
     if x.dim() == 3 and axis == 1: return Layout('series')
     if x.dim() == 3 and aspect is None: return Layout('sequence')
     aspect = 1. if aspect is None else aspect
-    if x.dim() == 4: return Layout(_kind_of_map(x, aspect) if axis is None else 'map' if axis == 1 else 'channels_last', aspect=aspect)
+    if x.dim() == 4:
+        kind = _kind_of_map(x, aspect) if axis is None else 'map' if axis == 1 else 'channels_last'
+        return Layout(kind, aspect=aspect)
     if x.dim() == 3 and (found := token_layout(x.shape[1], aspect, prefix, grids or {})): return found
     raise ValueError(f"cannot read an output of shape {tuple(x.shape)} as a feature map: expected (B, C), "
                      "(B, C, H, W), (B, H, W, C), (B, C, N) or (B, N, C) with N a grid of patches. Tap another module, "
@@ -176,7 +178,7 @@ def masked_mean(
 def marked_words(
     x:Tensor, # (B, N, C)
     mask:Tensor # (B, N) bool, true where a word is
-) -> Tensor: # (B, C + 1, n, 1): padding is 0, and the last channel is 1 where a word is; n is cut to the longest sentence
+) -> Tensor: # (B, C + 1, n, 1): padding is 0, the last channel 1 where a word is; n is cut to the longest sentence
     "Words side by side, with a channel that says where they are"
     there = mask.any(0).nonzero()
     span = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 1)

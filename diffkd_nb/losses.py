@@ -159,7 +159,7 @@ def dist_loss(
 def standard_scores(
     x:Tensor # Class scores (B, K) or (B, K, H, W)
 ) -> Tensor: # The same shape, float32 or float64
-    "Scores less their mean over classes, over their standard deviation; gradient 0 where all are equal (Sun et al., 2024)"
+    "Scores less their mean over classes, over their standard deviation; gradient 0 if all are equal (Sun et al., 2024)"
     x = x if x.dtype == torch.float64 else x.float()
     var = x.var(1, keepdim=True)
     spread = torch.where(var > 0, torch.where(var > 0, var, 1).sqrt(), 0)
@@ -222,7 +222,7 @@ DISTANCES = {'mse': mse_loss, 'kl': kl_loss, 'dist': dist_loss, 'cwd': cwd_loss,
 def get_distance(
     name:str|Callable, # A key of `DISTANCES`, or any `f(student, teacher)` that gives a scalar
     temperature:float=1., # Temperature of `'kl'`, `'dist'` and `'cwd'`; must be positive and finite
-    output:str|Callable|None=None, # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance itself
+    output:str|Callable|None=None, # What is compared: a key of `OUTPUTS` (`'classes'` by default), or the distance
     zscore:bool=False # Compare class scores in units of their own spread, see `standard_scores`
 ) -> Callable: # f(student, teacher) -> scalar
     "A distance of scores by name, `'kl'` being that of their kind; `ValueError` for an unknown one"

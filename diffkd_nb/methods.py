@@ -121,7 +121,7 @@ class Together(Distiller):
             if asked and not own: raise ValueError(f"{name} asks for the taps {asked}, the plan has {self.names}. "
                                                    "[help: taps]")
             self.methods[name] = cls(own or list(plan), **context.of(cls), **given)
-        self.hard_labels = any(m.hard_labels for m in self.methods.values())      # an option may ask for them, as `paced`
+        self.hard_labels = any(m.hard_labels for m in self.methods.values())    # an option may ask for them, as `paced`
 
 # %% ../nbs/07a_methods.ipynb #55b39ef5
 @patch(cls_method=True)
@@ -346,7 +346,8 @@ def _example(cls):
                 stages=[_example_tap(f'stage{i}', s, s) for i,s in maps],
                 exits=[_example_tap(f'exit{i}', s, scores) for i,s in maps],
                 fpn=[_example_tap(f'fpn.{i}', (256, s, s), (256, s, s)) for i,s in enumerate((32, 16, 8))],
-                heads=[_example_tap(f'head.{n}', (c, 12096, 1), (c, 12096, 1)) for n,c in (('classes', 80), ('boxes', 4))],
+                heads=[_example_tap(f'head.{n}', (c, 12096, 1), (c, 12096, 1))
+                       for n,c in (('classes', 80), ('boxes', 4))],
                 rois=[_example_tap(f'roi.{n}', (c, 1, 1), (c, 1, 1)) for n,c in (('classes', 81), ('boxes', 324))])
     teacher = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 100))
     return [t for d in cls.default_taps for t in taps[d]], Context(teacher, n_data=2)

@@ -57,7 +57,7 @@ class NoiseAdapter(nn.Module):
     "Predicts the share gamma of the student's feature in the mixed start (paper, eq. 8), one scalar per sample"
     def __init__(self,
         channels:int, # Latent width L
-        kind:str='feature', # `'feature'` for maps (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` for (B, L) or each position
+        kind:str='feature', # `'feature'` (B, L, H, W), `'words'` (B, L, N, 1), `'logits'` (B, L) or for each position
         least:int=1 # Smallest inner width of the bottleneck
     ):
         super().__init__()

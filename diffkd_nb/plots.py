@@ -90,8 +90,8 @@ def denoised_maps(
         names = [t.name for t in kd.plan if t.form != 'logits']
         raise ValueError(f"no feature tap named {tap!r}: the plan has {names}. [help: taps]")
     with tap_features(learn, *xb, tap=tap) as (module, s, t): way = _way(module, s, t, seed)
-    return {'student': way['projected'], 'identity': way['out'][0], 'denoised': way['out'][-1], 'teacher': way['target'],
-            'gamma': way['gamma']}
+    return {'student': way['projected'], 'identity': way['out'][0], 'denoised': way['out'][-1],
+            'teacher': way['target'], 'gamma': way['gamma']}
 
 # %% ../nbs/19_plots.ipynb #231dff26
 def show_input(
@@ -111,7 +111,7 @@ def plot_maps(
     maps:Mapping[str,Tensor], # As from `denoised_maps`, of these images, then perhaps of more
     axs=None # Array of axes, one row a sample; made if not given
 ): # The axes
-    "Rows of image | student | not denoised | denoised | teacher (paper, figures 2 and 7) | teacher, next image | average"
+    "Rows of image | student | not denoised | denoised | teacher (paper, figures 2 and 7) | its next image | average"
     columns = {title: maps[k] for k,title in _TITLES.items() if k in maps}
     teacher = attention_map(maps['teacher'])
     if len(teacher) > 1:
@@ -119,7 +119,8 @@ def plot_maps(
         columns["teacher,\naverage"] = teacher.mean(0, keepdim=True).expand_as(teacher)
     return _rows(images, columns, axs, (1.35*(len(columns) + 1), 1.4*len(images)), 9)
 
-_TITLES = {'student': 'student', 'identity': 'student,\nno denoiser', 'denoised': 'student,\ndenoised', 'teacher': 'teacher'}
+_TITLES = {'student': 'student', 'identity': 'student,\nno denoiser', 'denoised': 'student,\ndenoised',
+           'teacher': 'teacher'}
 
 def _rows(images, columns, axs, figsize, fontsize):
     "A row an image: the image, and the attention of each column's map"
@@ -193,9 +194,10 @@ def agreement_text(
 ) -> str:
     "The agreement of denoised maps in words, the same wherever a run is shown"
     own, other, average = found.loc['student, denoised', ['same image', 'other images', 'average']]
-    return (f"Over {found.attrs['n']:,} images a denoised map correlates {own:.2f} with the teacher's map of the same image, "
-            f"{other:.2f} with those of other images and {average:.2f} with the teacher's average map; the same student's "
-            f"map without the denoising steps {found.loc['student, no denoiser', 'same image']:.2f} with the teacher's. "
+    return (f"Over {found.attrs['n']:,} images a denoised map correlates {own:.2f} with the teacher's map of the same "
+            f"image, {other:.2f} with those of other images and {average:.2f} with the teacher's average map; the same "
+            f"student's map without the denoising steps {found.loc['student, no denoiser', 'same image']:.2f} with the "
+            f"teacher's. "
             f"The teacher's own maps correlate {found.loc['teacher', 'average']:.2f} with their average.")
 
 # %% ../nbs/19_plots.ipynb #2c4d79e0
@@ -383,7 +385,8 @@ def plot_contrasts(
     for i,(pair,r) in enumerate(answer.iterrows()):
         bar = None if np.isnan(r.low) else [[r.difference - r.low], [r.high - r.difference]]
         ax.errorbar(r.difference, i, xerr=bar, fmt='o', capsize=3, color='#b5521b' if control in pair else '#2b6cb0')
-    ax.set(yticks=range(len(answer)), yticklabels=list(answer.index), xlabel=f'difference in {metric}, percentage points')
+    ax.set(yticks=range(len(answer)), yticklabels=list(answer.index),
+           xlabel=f'difference in {metric}, percentage points')
     ax.set_ylim(len(answer) - .5, -.5)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
     return ax

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from fastai.basics import Callback, Learner
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-warnings.filterwarnings('ignore', message='CUDA is not available or torch_xla', module='fastai.callback.fp16') # not of this processor
+# A warning that is not about this processor
+warnings.filterwarnings('ignore', message='CUDA is not available or torch_xla', module='fastai.callback.fp16')
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'bf16_instructions', 'slow_precision', 'CpuAutocastContext', 'open_on_cpu', 'close_on_cpu',

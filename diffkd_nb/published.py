@@ -24,14 +24,16 @@ def all_published() -> pd.DataFrame: # table, task, dataset, strategy, teacher, 
 _METHODS = { # Our names of methods to the paper's
     'alone': 'student', 'kd': 'KD', 'fitnet': 'FitNet', 'rkd': 'RKD', 'srrl': 'SRRL', 'reviewkd': 'ReviewKD',
     'dkd': 'DKD', 'dist': 'DIST', 'crd': 'CRD', 'vid': 'VID', 'pkt': 'PKT', 'diffkd': 'DiffKD',
-    'cwd': 'CWD', 'cirkd': 'CIRKD', 'maskd': 'MasKD', 'diffkd:logits_loss=dist': 'DiffKD+DIST', 'fitnet:weight=1': 'MSE',
-    'diffkd:taps=feature': 'DiffKD (feature)', 'diffkd:taps=logits': 'DiffKD (logits)',
+    'cwd': 'CWD', 'cirkd': 'CIRKD', 'maskd': 'MasKD', 'fitnet:weight=1': 'MSE',
+    'diffkd:logits_loss=dist': 'DiffKD+DIST', 'diffkd:taps=feature': 'DiffKD (feature)',
+    'diffkd:taps=logits': 'DiffKD (logits)',
     'diffkd:latent=None': 'DiffKD latent channels no autoencoder',
     **{f'diffkd:latent={n}': f'DiffKD latent channels {n}' for n in (128, 256, 512, 1024, 2048)},
     'diffkd:adapter=False': 'DiffKD without noise adapter',
     **{f'diffkd:steps={n}': f'DiffKD inference steps {n}' for n in (1, 3, 5, 10, 20)},
     'frs': 'FRS', 'fgd': 'FGD', 'fgd:inside=5e-05,outside=2.5e-05,attention=5e-05,relation=5e-07': 'FGD',
-    **{f'diffkd:{loss}kd_weight=5,diffusion_weight=5{more}': f'DiffKD{paper}' for more in ('', '+heads:classes=0', '+rois:classes=0')
+    **{f'diffkd:{loss}kd_weight=5,diffusion_weight=5{more}': f'DiffKD{paper}'
+       for more in ('', '+heads:classes=0', '+rois:classes=0')
        for loss,paper in (('', ''), ('feature_loss=attention_mse,', ' (attention MSE)'),
                           ('denoiser=unet,', ' with UNet (DDPM)'), ('denoiser=diffusion,', ' with Efficient DM'))}}
 

@@ -199,7 +199,8 @@ def counted(self:Recipe,
 @patch
 def to_dict(self:Recipe) -> dict:
     "Plain values, for JSON"
-    d = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('drop_path', 'steps') or getattr(self, f.name)}
+    values = {f.name: getattr(self, f.name) for f in fields(self)}
+    d = {k: v for k,v in values.items() if v or k not in ('drop_path', 'steps')}
     schedule = {'kind': type(self.schedule).__name__, **asdict(self.schedule)}
     return {**d, 'augmentation': list(self.augmentation), 'schedule': schedule}
 
@@ -274,8 +275,10 @@ RECIPES = {r.name: r for r in ( # Recipes by name
            mixup=.8, cutmix=1., warmup=20., clip=5., drop_path=.2),
     Recipe('C1', 'Cityscapes', 217, 16, .02, weight_decay=1e-4, schedule=Polynomial(), steps=40_000,
            augmentation=('scale:0.5-2', 'crop:512x1024', 'flip')),
-    Recipe('D1', 'COCO, 1x', 12, 16, .02, weight_decay=1e-4, schedule=Steps((8, 11)), warmup=.068, augmentation=('flip',), clip=35.),
-    Recipe('D2', 'COCO, 2x', 24, 16, .02, weight_decay=1e-4, schedule=Steps((16, 22)), warmup=.136, augmentation=('flip',), clip=35.),
+    Recipe('D1', 'COCO, 1x', 12, 16, .02, weight_decay=1e-4, schedule=Steps((8, 11)), warmup=.068,
+           augmentation=('flip',), clip=35.),
+    Recipe('D2', 'COCO, 2x', 24, 16, .02, weight_decay=1e-4, schedule=Steps((16, 22)), warmup=.136,
+           augmentation=('flip',), clip=35.),
     Recipe('tiny', 'digits', 10, 32, .02, 'adam', schedule=OneCycle(), augmentation=()),
     Recipe('small', 'small colour images', 30, 64, .05, nesterov=True, weight_decay=5e-4, schedule=OneCycle()),
     Recipe('text', 'sentences', 10, 64, 4e-3, 'adam', schedule=OneCycle(), augmentation=(), clip=1.),
@@ -336,7 +339,7 @@ class StepLimit(_Unsaved, Callback):
     def __init__(self, steps:int): self.limit = steps
     def after_batch(self):
         if self.training and self.epoch*self.n_iter + self.iter + 1 >= self.limit: raise CancelTrainException
-    def after_cancel_train(self): self.recorder.cancel_train = False        # the epoch has a row in the log like any other
+    def after_cancel_train(self): self.recorder.cancel_train = False    # the epoch has a row in the log like any other
 
 # %% ../nbs/13_recipes.ipynb #8a8c8191
 class MixOrCut(_Unsaved, CutMix):

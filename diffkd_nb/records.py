@@ -46,7 +46,7 @@ def train_mode(model:nn.Module): # Model to put into training mode
 def copy_of(
     model:nn.Module # Any model
 ) -> nn.Module: # A copy that shares nothing with it
-    "`deepcopy`, after `model.reset()` where that is needed and there is one; PyTorch's `RuntimeError` for what has no copy"
+    "`deepcopy`, after `model.reset()` where it is needed and there; PyTorch's `RuntimeError` for what has no copy"
     try: return deepcopy(model)
     except RuntimeError:
         reset = getattr(unwrap(model), 'reset', None)
@@ -75,7 +75,8 @@ def dry_run(
 ) -> list[Record]: # One per call of a module, in the order in which the calls end; the model itself is last
     "Run `model` once and record the output of every module"
     model, seen = unwrap(model), []
-    def note(name): return lambda m, i, o: seen.append((name, m, o, write_count(o), train and not torch.is_grad_enabled()))
+    def note(name):
+        return lambda m, i, o: seen.append((name, m, o, write_count(o), train and not torch.is_grad_enabled()))
     hooks = [] if is_script(model) else [m.register_forward_hook(note(n)) for n,m in model.named_modules()]
     try:
         with (train_mode if train else eval_mode)(model), torch.set_grad_enabled(train): out = model(*xb)
@@ -110,7 +111,7 @@ def fields_of(
 def find_key(
     output, # What a module gave
     key=None, # What the user names
-    shape:tuple|None=None, # What the tensor must look like, (B, ...); (batch, classes), or a map called 'logits' or 'out', if not given
+    shape:tuple|None=None, # What the tensor must look like, (B, ...); else (batch, classes), or a map 'logits' or 'out'
     where:str='the model' # Word for the module in the error message
 ): # Key for `field_of`; None for a tensor
     "Which field is meant; `ValueError` where it cannot be known"
@@ -163,7 +164,7 @@ def _extent(r):
     return (s[2] if channel_axis(r.module, r.output) == 1 else s[1]) if len(s) == 3 else min(s[1]*s[2], s[2]*s[3])
 
 def _class_maps(records):
-    "Indices of maps of scores: their mean over the positions is the model's output, or they are the output, perhaps resized"
+    "Indices of maps of scores: their mean over positions is the model's output, or they are it, perhaps resized"
     final, found = main_tensor(records[-1].output), set()
     if final is not None and final.dim() == 4: return _final_maps(records, final)
     if final is not None and final.dim() == 3: return _scores_of_words(records, final)

@@ -20,7 +20,8 @@ __all__ = ['rng_state', 'set_rng_state', 'same_rng', 'seeded', 'Draws']
 def rng_state() -> dict: # Name of the library to its state
     "States of Python's, NumPy's and PyTorch's global generators, in types that torch.load takes without pickled code"
     kind, key, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(key.astype(np.int64)), *rest), torch=torch.get_rng_state(),
+    numpy = kind, torch.from_numpy(key.astype(np.int64)), *rest
+    return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_rng_state(
@@ -39,7 +40,8 @@ def same_rng(
     *dls # fastai DataLoaders whose own generators are kept too
 ):
     "Run a block and put back the states of Python's, NumPy's, PyTorch's and the given DataLoaders' random generators"
-    python, numpy, own = random.getstate(), np.random.get_state(), [(d, d.rng, d.rng.getstate()) for d in dls if hasattr(d, 'rng')]
+    python, numpy = random.getstate(), np.random.get_state()
+    own = [(d, d.rng, d.rng.getstate()) for d in dls if hasattr(d, 'rng')]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try: yield
         finally:

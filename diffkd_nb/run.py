@@ -70,7 +70,7 @@ class RunLog(Callback):
 def after_train(self:RunLog):
     if torch.device(self.dls.device or 'cpu').type == 'cuda': torch.cuda.synchronize(self.dls.device)
     seconds = time.perf_counter() - self.waited - self.t0
-    self.train_seconds.append(seconds*len(self.dls.train)/max(self.n_steps, 1))     # of a whole epoch, if a part was trained
+    self.train_seconds.append(seconds*len(self.dls.train)/max(self.n_steps, 1))    # of a whole epoch
     if world_size() == 1: return
     from diffkd_nb.distributed import sum_over_processes
     self.sum, self.n_seen = sum_over_processes(self.sum), sum_over_processes(self.n_seen)
@@ -191,7 +191,7 @@ def _distilling(opened, job):
     layout = torch.channels_last if setup.channels_last else torch.contiguous_format
     if teacher is not None: teacher = teacher.to(memory_format=layout)
     cache = TeacherCache(job.cache) if isinstance(job.cache, (str, Path)) else job.cache
-    taps = opened.taps if method.dense_taps(setup.taps) is None else None       # without a wish the callback looks at the models
+    taps = opened.taps if method.dense_taps(setup.taps) is None else None   # without a wish the callback looks
     try: return [DistillCallback(teacher, method.name, taps, method.task_weight, setup.seed, verbose=False,
                                  cache=cache, teacher_transform=opened.transform,
                                  inputs=opened.data.example(2), output=opened.task.output,
@@ -278,7 +278,8 @@ def _status(rows, out):
     bad = [r['epoch'] for r in rows if not np.isfinite(r['train_loss'])]
     if not bad or bad[-1] != rows[-1]['epoch']: return 'finished'
     print(f"{out}: the training loss is not finite from epoch {bad[0]} on, so this student has learnt nothing: "
-          "lower the learning rate or the method's weight. The run is kept, with the status 'diverged'.", file=sys.stderr)
+          "lower the learning rate or the method's weight. The run is kept, with the status 'diverged'.",
+          file=sys.stderr)
     return 'diverged'
 
 # %% ../nbs/24_run.ipynb #713bdcd9
@@ -351,7 +352,7 @@ def run(
     keep_student:bool=True, # Store the student; without it the run cannot be evaluated again, only its files be checked
     progress:bool=True, # Show a progress bar
     amp:str|None=None, # An older name of `precision`
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers; `'compile'`, `'bf16'`: see `ENGINES`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy; `'compile'`, `'bf16'`: see `ENGINES`
 ) -> dict: # The manifest
     "Train a student, write manifest, log and weights; a finished run is not repeated, an interrupted one goes on"
     setup = Setup(recipe, data, student, () if teacher is None else (teacher,), method, seed, taps, teacher_stats,

@@ -254,7 +254,8 @@ class SegmentationData(Data):
     table = property(lambda self: mask_table(self.values or range(len(self.classes)), self.void))
     n_train = property(lambda self: len(self.pairs[0]))
     n_valid = property(lambda self: len(self.pairs[1]))
-    one_size = property(lambda self: len({*self.shapes[0], *self.shapes[1]}) == 1, doc='Whether all pictures are of one size')
+    one_size = property(lambda self: len({*self.shapes[0], *self.shapes[1]}) == 1,
+                        doc='Whether all pictures are of one size')
 
 # %% ../nbs/15_segmentation_data.ipynb #25d999e6
 def _shape(f):
@@ -432,8 +433,8 @@ def _camvid(folder, valid):
     return _divided(folder, folder/'images', masks, suffix, valid), *_named(folder/'codes.txt')
 
 # %% ../nbs/15_segmentation_data.ipynb #07ad77be
-CITYSCAPES = ('road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck '
-              'bus train motorcycle bicycle').split() # By training number
+CITYSCAPES = ('road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider '
+              'car truck bus train motorcycle bicycle').split() # By training number
 
 def _cityscapes(folder, valid):
     "Pairs of both splits, classes, values, void"

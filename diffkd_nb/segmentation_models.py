@@ -59,7 +59,8 @@ class SmallEncoder(nn.Module):
     ):
         super().__init__()
         widths = [3, width, 2*width, 4*width, 8*width, 8*width]
-        self.stages = nn.ModuleList(nn.Sequential(_conv_bn(i, o, 3, 2), _conv_bn(o, o, 3)) for i,o in zip(widths, widths[1:]))
+        stages = (nn.Sequential(_conv_bn(i, o, 3, 2), _conv_bn(o, o, 3)) for i,o in zip(widths, widths[1:]))
+        self.stages = nn.ModuleList(stages)
         self.skip = finest.bit_length() - 2
         self.channels = widths[1 + self.skip:]
 
@@ -175,7 +176,8 @@ def _import_smp():
 def _smp_arguments(cls, asked):
     "Keyword arguments of an architecture of smp; the rest is done afterwards"
     known, given = inspect.signature(cls).parameters, dict(asked)
-    stride, kw = given.pop('output_stride', None), dict(encoder_name=given.pop('encoder', 'resnet18'), encoder_weights=None)
+    stride = given.pop('output_stride', None)
+    kw = dict(encoder_name=given.pop('encoder', 'resnet18'), encoder_weights=None)
     if stride and 'encoder_output_stride' in known: kw['encoder_output_stride'], stride = stride, None
     if stride: kw.update(encoder_depth=5, upsampling=stride)
     return {**kw, **given}, stride
@@ -240,5 +242,6 @@ def encoder_file(
     "The file that `weights=FILE` names, None where there is none"
     kind, _, rest = str(name).partition(':')
     if kind not in ('smp', 'pyramid'): return None
-    file = next((v for k,_,v in (part.partition('=') for part in rest.partition('?')[2].split('&')) if k == 'weights'), None)
+    asked = [part.partition('=') for part in rest.partition('?')[2].split('&')]
+    file = next((v for k,_,v in asked if k == 'weights'), None)
     return None if file in (None, 'imagenet') else Path(file)

@@ -73,7 +73,7 @@ class Setup:
     precision:str='float32' # `'bf16'` or `'fp16'` for mixed precision
     channels_last:bool=True # Keep maps and kernels with the channels last; a record without this key has them first
     graph:bool=False # Record the step as a CUDA graph where there is a GPU
-    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy of the teacher answers, equal to rounding; `'compile'`, `'bf16'`
+    teacher_engine:str='plain' # `'auto'`: in long runs a folded copy, equal to rounding; `'compile'`, `'bf16'`
 
     def __post_init__(self): self._check()
 
@@ -91,7 +91,8 @@ def _check(self:Setup):
         raise InputError(f"precision must be 'float32', 'bf16' or 'fp16', got {self.precision!r}. [help: precision]")
     if self.teacher_engine not in ENGINES:
         raise InputError(f"teacher_engine must be {ENGINES_TEXT}, got {self.teacher_engine!r}. [help: argument]")
-    for name,value in dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision).items():
+    found = dict(recipe=get_recipe(self.recipe), method=method, teachers=teachers, precision=precision)
+    for name,value in found.items():
         object.__setattr__(self, name, value)
 
 # %% ../nbs/23_setup.ipynb #165c46e8

@@ -40,7 +40,9 @@ class SharedTeacher:
 def _same(a, b):
     "Whether two batches are equal"
     a, b = tree_leaves(a), tree_leaves(b)
-    one = lambda x, y: x is y or (torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y)
+    def one(x, y):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor): return x is y or torch.equal(x, y)
+        return x is y or x == y
     return len(a) == len(b) and all(map(one, a, b))
 
 # %% ../nbs/24a_shared_teacher.ipynb #2d616fa5

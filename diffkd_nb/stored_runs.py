@@ -184,7 +184,7 @@ def _order(self:Comparison, runs):
 def table(self:Comparison,
     reference:str|None=None # Method to compare with; that of the grid by default
 ) -> pd.DataFrame: # One row per pair and method; accuracies and differences in percentage points
-    "Last epoch: mean, sd, n, interval; best epoch; difference to the reference with corrected interval and p; cost; figure"
+    "Last epoch: mean, sd, n, interval; best epoch; difference to the reference, corrected interval and p; cost; figure"
     ref, metric, rows = self._reference(reference), self.task.metric, []
     sign, share, margin = 1 if self.task.larger_is_better else -1, *self.correction.values()
     for (student,teacher),group in self.runs.groupby(['student', 'teacher'], sort=False):
@@ -231,7 +231,8 @@ def _title(self:Comparison, student, teacher, ref):
     said = f" ({' and '.join(good)})" if good else ''
     what = f'{task.metric} in {task.unit}' if task.unit else task.metric
     time = f'; all train as long as {self.equal_time}' if self.equal_time else ''
-    return f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, paired by seed{time}'
+    return (f'**{student}** from **{teacher}**{said}: {what} of the last epoch; differences to {ref}, '
+            f'paired by seed{time}')
 
 # %% ../nbs/26b_stored_runs.ipynb #b4d589bd
 def _head(metric, epochs=False):
@@ -265,17 +266,18 @@ def unlike(self:Comparison) -> list[str]: # Empty where all is as planned
 @patch
 def notes(self:Comparison) -> list[str]: # The last one about the looks, where there are any
     "What was planned beyond methods and seeds, in words"
-    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals contain "
-             "what that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
+    found = [f"Seeds also vary {k} ({', '.join(map(str, v))}), alike for all methods of a seed, so the intervals "
+             "contain what that rounds differently." for k,v in self.grid.get('by_seed', {}).items()]
     if self.equal_time: found.append(self._time_note())
-    found += [f"{name} are {n} teachers of one name and other weights; the runs of a seed share one, so the intervals contain "
-              "what the teachers differ in." for name,n in self._several_teachers().items()]
+    found += [f"{name} are {n} teachers of one name and other weights; the runs of a seed share one, so the intervals "
+              "contain what the teachers differ in." for name,n in self._several_teachers().items()]
     return found if self.looks is None else [*found, self._looks_note()]
 
 @patch
 def _several_teachers(self:Comparison):
     "Name to how many taught under it, where it is more than one"
-    taught = {(s['teacher'], s['teacher_hash']) for m in self.manifests.values() if (s := m['settings']).get('teacher_hash')}
+    settings = [m['settings'] for m in self.manifests.values()]
+    taught = {(s['teacher'], s['teacher_hash']) for s in settings if s.get('teacher_hash')}
     return {name: n for name,n in Counter(name for name,_ in sorted(taught)).items() if n > 1}
 
 @patch
@@ -283,18 +285,21 @@ def _time_note(self:Comparison):
     "What the lengths of an equal-time comparison rest on"
     seen = self.grid['equal_time']['ratios'].values()
     told = lambda k: ' and '.join(sorted({v[k] for v in seen}))
-    return (f"At equal time: each method trains for as many steps as the time of {self.equal_time} holds, by {told('clock')} "
-            f"of a step on {told('processor') or 'an unnamed processor'}. Each runs its whole schedule, rounded to a step.")
+    return (f"At equal time: each method trains for as many steps as the time of {self.equal_time} holds, by "
+            f"{told('clock')} of a step on {told('processor') or 'an unnamed processor'}. Each runs its whole "
+            "schedule, rounded to a step.")
 
 @patch
 def _looks_note(self:Comparison):
     "Which look it is, and what is corrected"
     looks, n, at = self.looks, self.look, ', '.join(map(str, self.looks.at))
     if not n: return f'Not looked at yet: looks are planned at {at} seeds.'
-    ends = 'the last one, and not every difference is decided' if n == looks.at[-1] else 'not decided, so more seeds are needed'
+    last = n == looks.at[-1]
+    ends = 'the last one, and not every difference is decided' if last else 'not decided, so more seeds are needed'
+    ends = 'decided, so no further seed is needed' if self.decided() else ends
     points = ' points' if self.task.unit == 'percent' else ''
     margin = '' if looks.margin is None else f' A gain below {looks.margin:g}{points} is not worth its cost.'
-    return (f"Look at {n} seeds of those planned at {at}: {'decided, so no further seed is needed' if self.decided() else ends}. "
+    return (f"Look at {n} seeds of those planned at {at}: {ends}. "
             f"Intervals and p carry the correction for {len(looks.at)} looks: the tests of this one use "
             f"{5*looks.share(n):.2f} of the 5 % error.{margin}")
 

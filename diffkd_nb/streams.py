@@ -81,7 +81,7 @@ def run_streams(
     cells:list, # (`Setup`, `Job`) of runs
     n:int, # Runs at a time
     tick=lambda: None, # Called now and then
-    deadline:float=float('inf') # `time.monotonic()` at which all are stopped; unfinished runs keep their last checkpoint
+    deadline:float=float('inf') # `time.monotonic()` at which all stop; unfinished runs keep their checkpoint
 ) -> dict: # Folder to the error of a run that cannot be
     "Train runs in threads of this process, each on a stream of its own"
     os.environ.setdefault('CUDA_DEVICE_MAX_CONNECTIONS', '32')      # 8 by default; read when CUDA begins

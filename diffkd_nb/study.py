@@ -90,9 +90,11 @@ _TEXT_MORE = {**_TEXT, 'FitNet': 'fitnet'}, (*_BESIDE, ('feature', 'FitNet')) # 
 
 # %% ../nbs/32_study.ipynb #d14db16c
 _ON_KD = 'kd+diffkd:{}taps=feature'
-_LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for name,options in { # Forms of the denoiser, on top of KD
-    'KD + identity': _IDENTITY, 'KD + DiffKD': '', 'pre-trained': 'pretrain=600', 'by diffusion': 'trained_by=diffusion',
-    'by diffusion, pre-trained': 'trained_by=diffusion,pretrain=600', 'own BatchNorm': 'norms=separate',
+# Forms of the denoiser, on top of KD
+_LEARNT = {'KD': 'kd', **{name: _ON_KD.format(options and options + ',') for name,options in {
+    'KD + identity': _IDENTITY, 'KD + DiffKD': '', 'pre-trained': 'pretrain=600',
+    'by diffusion': 'trained_by=diffusion', 'by diffusion, pre-trained': 'trained_by=diffusion,pretrain=600',
+    'own BatchNorm': 'norms=separate',
     'start by gamma': 'start=gamma', 'start by gamma, variance kept': 'start=gamma,mixing=vp',
     'clean feature': 'predicts=clean'}.items()}}
 
@@ -101,19 +103,23 @@ _FORMS = {'MLP': 'denoiser=mlp', '1 step': 'steps=1', '3 steps': 'steps=3', '10 
           **{d: f'feature_loss={d}' for d in ('cosine', 'kl', 'dist', 'swd')}}
 _FORMS_TEXT = {'KD': 'kd', 'KD + identity': _ON_KD.format(_IDENTITY + ','), 'KD + DiffKD': _ON_KD.format(''),
                **{name: _ON_KD.format(options + ',') for name,options in _FORMS.items()},
-               **{f'{d}, identity': _ON_KD.format(f'{_IDENTITY},feature_loss={d},') for d in ('cosine', 'kl', 'dist', 'swd')}}
+               **{f'{d}, identity': _ON_KD.format(f'{_IDENTITY},feature_loss={d},')
+                  for d in ('cosine', 'kl', 'dist', 'swd')}}
 _BASES = {'DKD': 'dkd', 'KD + CRD': 'kd+crd', 'KD + RKD': 'kd+rkd'}
 _JOINED = {f'{base}{name}': text + more for base,text in _BASES.items() for name,more in {
     '': '', ' + identity': f'+diffkd:{_IDENTITY},taps=feature', ' + DiffKD': '+diffkd:taps=feature'}.items()}
 
 # %% ../nbs/32_study.ipynb #4b5284bf
-_NAMES = dict(alone='alone', kd='KD', dkd='DKD', dist='DIST', fitnet='FitNet', rkd='RKD', pkt='PKT', crd='CRD', srrl='SRRL',
-              vid='VID', reviewkd='ReviewKD', ofa='OFA', diffkd='DiffKD', ttm='TTM', wttm='WTTM', gdkd='GDKD', taid='TAID',
-              pskd='PS-KD', meal='MEAL V2', fmkt='FM-KT', lshfm='LSHFM', cankd='CanKD', dskd='DSKD', cwd='CWD')
-_EVERY = {**{title: name for name,title in _NAMES.items()}, 'identity': f'diffkd:{_IDENTITY}', # One row a method, and joined ones
+_NAMES = dict(alone='alone', kd='KD', dkd='DKD', dist='DIST', fitnet='FitNet', rkd='RKD', pkt='PKT', crd='CRD',
+              srrl='SRRL', vid='VID', reviewkd='ReviewKD', ofa='OFA', diffkd='DiffKD', ttm='TTM', wttm='WTTM',
+              gdkd='GDKD', taid='TAID', pskd='PS-KD', meal='MEAL V2', fmkt='FM-KT', lshfm='LSHFM', cankd='CanKD',
+              dskd='DSKD', cwd='CWD')
+# One row a method, and joined ones
+_EVERY = {**{title: name for name,title in _NAMES.items()}, 'identity': f'diffkd:{_IDENTITY}',
           'KD, standardised': 'kd:zscore=True', 'KD, paced': 'kd:paced=True', 'KD + CRD': 'kd+crd',
           'KD + DiffKD': 'kd+diffkd:taps=feature', 'DKD + DiffKD': 'dkd+diffkd:taps=feature'}
-_LOOKS_IN = {title: 3 for name,title in _NAMES.items() if name in METHODS and {'teacher', 'features'} & set(METHODS[name].needs)}
+_LOOKS_IN = {title: 3 for name,title in _NAMES.items()
+             if name in METHODS and {'teacher', 'features'} & set(METHODS[name].needs)}
 
 # %% ../nbs/32_study.ipynb #3433b7c9
 QUESTIONS = {q.key: q for q in ( # Questions by name
@@ -123,8 +129,10 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         'KD + identity': 'kd+diffkd:denoiser=identity,taps=feature'},
         (('DiffKD', 'identity'), ('KD + DiffKD', 'KD + identity'), ('KD + DiffKD', 'KD'), ('DiffKD', 'alone'),
          ('DiffKD', 'KD'), ('DiffKD', 'DIST'), ('DiffKD', 'plain')), tuple(range(100, 108)), margin=_HALF),
-    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210)), margin=_HALF),
-    Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE, tuple(range(210, 220)), margin=_HALF),
+    Question('text', 'Does DiffKD carry over to sentences?', 'S2', _TEXT, _BESIDE, tuple(range(200, 210)),
+        margin=_HALF),
+    Question('trec-cnn', 'Does it with a convolutional student?', 'S2 TextCNN', *_TEXT_MORE,
+        tuple(range(210, 220)), margin=_HALF),
     Question('sst2', 'Does it on the sentiment of films?', 'S4', *_TEXT_MORE, tuple(range(220, 230)), margin=_HALF,
         stored=_KEPT),
     Question('sst2-cnn', 'Does it there with a convolutional student?', 'S4 TextCNN', *_TEXT_MORE,
@@ -138,7 +146,8 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
         (('words', 'state'), ('words, identity', 'state, identity'), ('words', 'words, identity'), ('words', 'KD')),
         tuple(range(310, 316))),
     Question('segmentation', 'Does DiffKD carry over to a class for each pixel?', 'S3', {
-        'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd', 'identity': f'diffkd:{_IDENTITY}'},
+        'alone': 'alone', 'KD': 'kd', 'CWD': 'cwd', 'MSE': 'fitnet', 'DiffKD': 'diffkd',
+        'identity': f'diffkd:{_IDENTITY}'},
         (('DiffKD', 'identity'), ('DiffKD', 'KD'), ('DiffKD', 'CWD'), ('DiffKD', 'MSE'), ('DiffKD', 'alone')),
         tuple(range(300, 305)), margin=_HALF),
     Question('detection', 'Does DiffKD carry over to boxes?', 'S6', {
@@ -149,6 +158,7 @@ QUESTIONS = {q.key: q for q in ( # Questions by name
     Question('methods', 'Which method teaches better than KD?', 'S1', _EVERY,
         tuple((v, 'KD') for v in _EVERY if v != 'KD'), tuple(range(500, 505)), _LOOKS_IN))}
 
+# %% ../nbs/32_study.ipynb #c98e91ac
 def get_question(
     key:str # A key of `QUESTIONS`
 ) -> Question: # `InputError` with the names for an unknown one
@@ -252,7 +262,8 @@ def answer(self:Question,
     runs = found.runs.assign(method=lambda d: d.method.map(names))
     runs = found.tested(runs[runs.seed.isin(self.seeds)])
     values = {n: g.set_index('seed')[found.task.metric] for n,g in runs.groupby('method')}
-    return contrasts(values, self.differences, **{**found.correction, 'margin': self.margin or found.correction['margin']})
+    margin = self.margin or found.correction['margin']
+    return contrasts(values, self.differences, **{**found.correction, 'margin': margin})
 
 # %% ../nbs/32_study.ipynb #dfb934fb
 @patch
@@ -378,7 +389,8 @@ def main(
 def _main(a):
     "Train, then print variants and answer"
     q = get_question(a.question)
-    result = None if a.show else study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache, a.seeds, device=a.device)
+    result = None
+    if not a.show: result = study(q, a.data, a.teacher, a.out, a.jobs, a.minutes, a.cache, a.seeds, device=a.device)
     if result is None and not a.out.is_dir(): raise InputError(f"{a.out} is not a folder: expected one of a study. "
                                                                "[help: run-folder]")
     print(f'\n{q.asks}\n{cost_text(q.cost(a.out))}\n')

@@ -94,7 +94,8 @@ TABLES = { # Number in the paper to its grid
     '5': Table('Detection, a stronger teacher', 'COCO val', ('alone', 'fgd', *_ONE_STAGE[-2:]),
                (Group('D2', ((_DET('retinanet', 'resnext101_64x4d', 'norm=frozen'), _DET('retinanet', 'resnet50')),)),),
                task='detection'),
-    '12': Table('Which denoiser', 'COCO val', tuple(f'diffkd:denoiser={d},{_FIVE}{_REGRESS}' for d in ('unet', 'diffusion')),
+    '12': Table('Which denoiser', 'COCO val',
+                tuple(f'diffkd:denoiser={d},{_FIVE}{_REGRESS}' for d in ('unet', 'diffusion')),
                 (Group('D1', ((_R101('retinanet'), _DET('retinanet', 'resnet50')),)),),
                 f'diffkd:denoiser=diffusion,{_FIVE}{_REGRESS}', 'detection')}
 

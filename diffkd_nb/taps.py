@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
-from .layouts import (get_module, Layout, LAYOUTS, moved, picture_aspect, tensors_of, to_map, token_layout, unwrap,
-                               word_mask)
-from .records import (class_map, dry_run, field_of, fields_of, find_key, is_script, last_feature, last_words, layout_in,
-                               main_tensor, plain_values, Record, stage_features)
+from .layouts import (get_module, Layout, LAYOUTS, moved, picture_aspect, tensors_of, to_map, token_layout,
+                               unwrap, word_mask)
+from .records import (class_map, dry_run, field_of, fields_of, find_key, is_script, last_feature, last_words,
+                               layout_in, main_tensor, plain_values, Record, stage_features)
 from .detectors import BOX_PREDICTOR, check_pictures, gives_boxes, OF_DETECTORS
 
 # %% auto #0
@@ -95,7 +95,8 @@ def _record(model, records, name, role):
     found = [i for i,r in enumerate(records) if r.name == name]
     if not found: raise ValueError(_why_silent(model, role, name))
     if k is None and len(found) > 1:
-        shapes = ', '.join(str(tuple(records[i].output.shape)) for i in found[:3] if isinstance(records[i].output, Tensor))
+        outputs = [records[i].output for i in found[:3]]
+        shapes = ', '.join(str(tuple(o.shape)) for o in outputs if isinstance(o, Tensor))
         raise ValueError(f"module {name!r} of the {role} runs several times in a forward pass ({len(found)}; outputs "
                          f"{shapes}): say which call is meant, {name + '#1'!r} to {name + '#' + str(len(found))!r}, or "
                          "tap one that runs once. [help: runs-again]")
@@ -105,9 +106,10 @@ def _record(model, records, name, role):
     return found[(k or 1) - 1], len(found)
 
 def _why_silent(model, role, name):
-    script = is_script(unwrap(model))
-    return f"module {name!r} of the {role} did not run in a forward pass: tap one that does. [help: taps]" if not script else (
-        f"the {role} is a TorchScript model, which shows its output alone: distil the logits with taps=['logits']. [help: taps]")
+    if not is_script(unwrap(model)):
+        return f"module {name!r} of the {role} did not run in a forward pass: tap one that does. [help: taps]"
+    return (f"the {role} is a TorchScript model, which shows its output alone: distil the logits with "
+            "taps=['logits']. [help: taps]")
 
 # %% ../nbs/00f_taps.ipynb #fe862ed6
 def _place(model, records, name, role, aspect, kind, layout=None, key=None):
@@ -118,11 +120,13 @@ def _place(model, records, name, role, aspect, kind, layout=None, key=None):
     if isinstance(key, int) and str(key) in fields_of(r.output): key = str(key)
     key = find_key(r.output, key, where=f'the output of {name!r} of the {role}')
     out = plain_values(field_of(r.output, key))
-    try: layout = _asked_layout(layout, out, aspect) or layout_in(unwrap(model), [*records[:i], r._replace(output=out)], i, aspect)
+    seen = [*records[:i], r._replace(output=out)]
+    try: layout = _asked_layout(layout, out, aspect) or layout_in(unwrap(model), seen, i, aspect)
     except ValueError as e:
         if kind != 'logits' or out.dim() != 4: raise ValueError(f"tap {name!r} of the {role}: {e}") from None
         layout = Layout('map')      # as PyTorch's losses read scores of positions
-    place = Place(r.name, layout, tuple(to_map(out, layout).shape[1:]), _call(_field(name)[0])[1], calls, key, r.changed)
+    shape, call = tuple(to_map(out, layout).shape[1:]), _call(_field(name)[0])[1]
+    place = Place(r.name, layout, shape, call, calls, key, r.changed)
     _check_place(place, out, records, role)
     return place
 
@@ -131,7 +135,8 @@ def _asked_layout(layout, x, aspect):
     if layout is None or isinstance(layout, Layout): return layout
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}. [help: shape]")
-    found = token_layout(x.shape[1], aspect or 1., None, {}) if layout == 'tokens' else Layout(layout, aspect=aspect or 1.)
+    aspect = aspect or 1.
+    found = token_layout(x.shape[1], aspect, None, {}) if layout == 'tokens' else Layout(layout, aspect=aspect)
     if found is not None: return found
     raise ValueError(f"an output of shape {tuple(x.shape)} is no grid of tokens: use layout='sequence'. [help: shape]")
 
@@ -139,7 +144,8 @@ def _asked_layout(layout, x, aspect):
 def _check_place(place, out, records, role):
     "Refuse what has the batch elsewhere, and a teacher whose numbers are not finite"
     final, where = next(iter(_tensors_in(records[-1].output)), None), place.name or 'its last layer'
-    batch = len(records[-1].output) if gives_boxes(records) else len(final) if final is not None and final.dim() else None
+    batch = len(final) if final is not None and final.dim() else None
+    if gives_boxes(records): batch = len(records[-1].output)
     if place.name == BOX_PREDICTOR: batch = None         # has one row for each proposal
     if batch is not None and len(out) != batch:
         raise ValueError(f"tap {place.name!r} of the {role} gives {tuple(out.shape)}, and a batch of {batch} has to "
@@ -187,7 +193,8 @@ def _run(model, role, xb):
 def _run_training(model, xb):
     "A dry run in training mode; None where training mode fails on so few samples"
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
-    try: return dry_run(model, *tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, moved(list(xb), dev)), train=True)
+    copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, moved(list(xb), dev))
+    try: return dry_run(model, *copies, train=True)
     except Exception: return None
 
 
@@ -260,7 +267,7 @@ def plan_taps(
     teacher_xb:Sequence|None=None, # Inputs of the teacher where they differ from the student's
     output_key=None, # Field of the models' outputs that is compared, where they give tuples, dicts or objects
     output=None, # What logits mean, see `output_kind`
-    classes:Sequence|None=None, # For each output of the student the number of the teacher's, or None; the same by default
+    classes:Sequence|None=None, # For each output of the student the teacher's, or None; the same by default
     dense_taps:Sequence|None=None, # In place of `taps` where the student's output is a map of scores; `taps` by default
     box_taps:Sequence|None=None, # In place of `taps` where the student's output are boxes; `taps` by default
     by_word:bool=False # Whether the method leaves padding out of sentences, so that words can be compared side by side
@@ -387,7 +394,8 @@ def plan_table(
 ) -> str: # Text, one line per tap
     "The plan as a text table"
     where = lambda p: p.title or '(output)'
-    cols = {'tap': ['class map' if t.form == 'dense' else t.kind for t in plan], 'student': [where(t.student) for t in plan],
+    cols = {'tap': ['class map' if t.form == 'dense' else t.kind for t in plan],
+            'student': [where(t.student) for t in plan],
             'shape': [_size(t.student) for t in plan], 'teacher': [where(t.teacher) for t in plan],
             ' shape': [_size(t.teacher) for t in plan], **(extra or {})}
     rows = [list(cols)] + [[str(v[i]) for v in cols.values()] for i in range(len(plan))]

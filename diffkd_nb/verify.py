@@ -139,8 +139,8 @@ def _compare_figures(add, task, found, m, data, both):
     if 'valid_loss' not in found or m['settings']['recipe'].get('label_smoothing'): return       # the log's is smoothed
     now, was = found['valid_loss'], m['result']['valid_loss']
     was = float('nan') if was is None else was       # a student that diverged
-    add('the student gives the loss of the manifest', np.isclose(now, was, rtol=both.rounding, atol=both.rounding, equal_nan=True),
-        f'now {now:.5f}, manifest {was:.5f}')
+    same = np.isclose(now, was, rtol=both.rounding, atol=both.rounding, equal_nan=True)
+    add('the student gives the loss of the manifest', same, f'now {now:.5f}, manifest {was:.5f}')
 
 # %% ../nbs/28_verify.ipynb #924c5f09
 def _check_teacher(out, m, weights):
