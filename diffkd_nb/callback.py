@@ -759,7 +759,7 @@ class DiffKDCallback(DistillCallback):
         reconstruction_weight:float=1., # lambda 2
         weights:dict|None=None, # Tap name to a factor on all its losses
         paced:bool=False, # Weigh samples by how near they are to what the student can; needs labels
-        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before all else
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student
         levels:str='own', # Levels of a detector's pyramid have a denoiser each, or `'shared'`: one for all
         seed:int|None=None, # Seed of the random draws; PyTorch's initial seed by default
         compile:bool=False, # Compile each tap with `torch.compile(fullgraph=True)`

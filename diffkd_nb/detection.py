@@ -146,7 +146,7 @@ class DetectionCallback(Callback):
 BoxDataset.loss_func = DetectionLoss()
 
 # %% ../nbs/16c_detection.ipynb #eb68444a
-# In double precision, as COCO's own program has them: torchmetrics' are rounded, and equal recalls fall beside them
+# In double precision, as COCO's program has them: torchmetrics' are rounded, and a recall equal to one falls beside it
 _THRESHOLDS = dict(iou_thresholds=np.linspace(.5, .95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist())
 
 def new_precision():

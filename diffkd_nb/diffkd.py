@@ -419,7 +419,7 @@ class DiffKDDistiller(Distiller):
         reconstruction_weight:float=1., # lambda 2
         weights:Mapping|None=None, # Tap name to a factor on all its losses, 1 where missing
         paced:bool=False, # Weigh samples by how near they are to what the student can, see `edge_weights`; needs labels
-        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before all else
+        pretrain:int=0, # Steps in which autoencoder and denoiser learn from the teacher alone, before the student
         levels:str='own', # Levels of a pyramid have a denoiser each, or `'shared'`: one for all of the same width
         **kwargs # Arguments of `DiffKD`: latent, steps, start, adapter, denoiser, trained_by, norms, temperature,
                  # align, zscore, predicts, mixing, dense_form, least_width, relative

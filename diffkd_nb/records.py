@@ -46,7 +46,7 @@ def train_mode(model:nn.Module): # Model to put into training mode
 def copy_of(
     model:nn.Module # Any model
 ) -> nn.Module: # A copy that shares nothing with it
-    "`deepcopy`, after `model.reset()` where it is needed and there; PyTorch's `RuntimeError` for what has no copy"
+    "`deepcopy`, after `model.reset()` if needed and there is one; PyTorch's `RuntimeError` for what has no copy"
     try: return deepcopy(model)
     except RuntimeError:
         reset = getattr(unwrap(model), 'reset', None)
