@@ -29,10 +29,27 @@ __all__ = ['digits_data', 'cifar_data', 'share_data', 'open_data', 'make_dls', '
 _all_ = ['STATS', 'Renormalise', 'Views', 'apply_views', 'ArrayDL', 'FileDL', 'Data', 'ImageArrays', 'ImageFolder',
          'array_dls', 'folder_arrays', 'folder_dls'] # so that this module is the one to import from
 
+# %% ../nbs/11c_data.ipynb #eaa5e201
+def _few(y, limit):
+    "Indices of the first `limit` samples of each class, all without a limit"
+    if not limit: return torch.arange(len(y))
+    return torch.cat([(y == c).nonzero()[:limit, 0] for c in y.unique()]).sort().values
+
+def _selected(found, limit, holdout):
+    "Images and labels of training and validation: the first of each class, the last held out"
+    x, y, xv, yv = found
+    i, j = _few(y, limit), _few(yv, limit)
+    if not holdout: return x[i], y[i], xv[j], yv[j]
+    last = (len(y) - 1 - _few(y.flip(0), holdout)).sort().values
+    i = i[~torch.isin(i, last)]
+    return x[i], y[i], x[last], y[last]
+
 # %% ../nbs/11c_data.ipynb #fe7968be
 def digits_data(
     n:int=1000, # Training images
-    size:int|None=None # Side in pixels; 8 if not given
+    size:int|None=None, # Side in pixels; 8 if not given
+    limit:int|None=None, # Images per class and split, the first of each
+    holdout:int|None=None # Validate on the last images of each training class, so many, and not on the others
 ) -> ImageArrays:
     "scikit-learn's handwritten digits: `n` for training, the other 1797 - `n` for validation; a fixed split"
     from sklearn.datasets import load_digits
@@ -40,8 +57,11 @@ def digits_data(
     i = np.random.RandomState(0).permutation(len(x))
     x, y = torch.tensor(x[i]*15.9375).to(torch.uint8).view(-1, 1, 8, 8), torch.tensor(y[i])
     if size and size != 8: x = nn.functional.interpolate(x.float(), size, mode='bilinear').to(torch.uint8)
-    return ImageArrays(x[:n], y[:n], x[n:], y[n:], list('0123456789'), f'digits ({n} for training)',
-                       '' if n != 1000 else 'digits' if size in (None, 8) else f'digits?size={size}')
+    x, y, xv, yv = _selected((x[:n], y[:n], x[n:], y[n:]), limit, holdout)
+    asked = dict(size=None if size == 8 else size, limit=limit, holdout=holdout)
+    asked = '&'.join(f'{k}={v}' for k,v in asked.items() if v)
+    return ImageArrays(x, y, xv, yv, list('0123456789'), f'digits ({len(x)} for training)',
+                       '' if n != 1000 else f'digits?{asked}' if asked else 'digits')
 
 # %% ../nbs/11c_data.ipynb #f7c9f540
 _CIFAR = {
@@ -104,21 +124,6 @@ def _cifar_folders(folder, kind):
         raise InputError(f"{folder} has {len(names)} classes of images of {tuple(found[0].shape[2:])}, "
                          f"expected {n} of (32, 32) for {kind}. [help: data-folder]")
     return found, names
-
-# %% ../nbs/11c_data.ipynb #eaa5e201
-def _few(y, limit):
-    "Indices of the first `limit` samples of each class, all without a limit"
-    if not limit: return torch.arange(len(y))
-    return torch.cat([(y == c).nonzero()[:limit, 0] for c in y.unique()]).sort().values
-
-def _selected(found, limit, holdout):
-    "Images and labels of training and validation: the first of each class, the last held out"
-    x, y, xv, yv = found
-    i, j = _few(y, limit), _few(yv, limit)
-    if not holdout: return x[i], y[i], xv[j], yv[j]
-    last = (len(y) - 1 - _few(y.flip(0), holdout)).sort().values
-    i = i[~torch.isin(i, last)]
-    return x[i], y[i], x[last], y[last]
 
 # %% ../nbs/11c_data.ipynb #17e197c7
 def cifar_data(
@@ -201,7 +206,8 @@ def open_data(
     text, _, query = str(spec).partition('?')
     opts = _options(spec, query)
     share = opts.pop('share', None)
-    data = digits_data(size=opts.get('size')) if text == 'digits' else _open_folder(spec, text, opts, download)
+    data = (_open_kind(text, None, opts, download, spec) if text == 'digits'
+            else _open_folder(spec, text, opts, download))
     if share is None: return data
     if isinstance(data, ImageArrays): return share_data(data, share)
     raise InputError(f"{spec}: share={share} is for images in memory: use arrays:FOLDER, or limit=N. "
@@ -217,10 +223,11 @@ def _open_folder(spec, text, opts, download):
 
 # %% ../nbs/11c_data.ipynb #1b989ef2
 def _open_kind(kind, folder, opts, download, spec):
-    for name,kinds in dict(holdout=[*_CIFAR], corrupt=['arrays']).items():
+    for name,kinds in dict(holdout=['digits', *_CIFAR], corrupt=['arrays']).items():
         if name in opts and kind not in kinds:
-            raise InputError(f"{spec}: {name} is for {' and '.join(f'{k}:FOLDER' for k in kinds)}. "
-                             "[help: data-options]")
+            kinds = ', '.join(k if k == 'digits' else f'{k}:FOLDER' for k in kinds)
+            raise InputError(f"{spec}: {name} is for {kinds}. [help: data-options]")
+    if kind == 'digits': return digits_data(**opts)
     if kind not in _CIFAR: return (ImageFolder if kind == 'folder' else folder_arrays)(folder, **opts)
     if (size := opts.pop('size', 32)) != 32:
         raise InputError(f"{spec}: images of {kind} are 32 pixels wide, size={size} does not go with it. "
