@@ -125,7 +125,7 @@ def ddim_coefficients(
     start:str|int='released' # See `ddim_times`
 ) -> list[tuple[int,float,float]]: # (t, a, b) of each step, x <- a x + b eps
     "DDIM (paper, eq. 4-5, eta = 0) as two constants a step, computed in float64"
-    ab = alpha_bar_schedule().tolist()
+    with torch.device('cpu'): ab = alpha_bar_schedule().tolist()
     res = []
     for t,p in zip(*ddim_times(steps, start)):
         bt, bp = ab[t], ab[p] if p >= 0 else 1.

@@ -361,7 +361,8 @@ def which_method(): # -> DataFrame, one row for each method
     import pandas as pd
     def row(cls):
         plan, context = _example(cls)
-        with same_rng(): added = sum(p.numel() for p in cls(plan, **context.of(cls)).parameters())
+        with same_rng(), torch.device('meta'): # parameters are counted, none is drawn
+            added = sum(p.numel() for p in cls(plan, **context.of(cls)).parameters())
         return {'needs': method_needs(cls), 'taps': ', '.join(cls.default_taps), 'segmentation': _dense_text(cls),
                 'adds': f'{added:,}', 'use': cls.use}
     return pd.DataFrame.from_dict({name: row(cls) for name,cls in METHODS.items()}, orient='index')
