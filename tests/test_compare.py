@@ -20,7 +20,7 @@ def teacher(tmp_path_factory):
 
 
 def grid(teacher, out, **kw):
-    return compare(**{**dict(pairs=[(teacher, 'small:4')], methods=['alone', 'dkd'], seeds=2, recipe=RECIPE, data='digits', out=out, executor='process', jobs=2, threads=1, progress=False), **kw})
+    return compare(**{**dict(pairs=[(teacher, 'small:4')], methods=['alone', 'dkd'], seeds=2, recipe=RECIPE, data='digits?limit=30', out=out, executor='process', jobs=2, threads=1, progress=False), **kw})
 
 
 def mlp(n_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, n_classes))
@@ -216,7 +216,7 @@ def test_ray_cluster_of_two_workers(teacher, here, tmp_path):
 def test_ray_worker_that_does_not_see_the_folder(teacher, here, tmp_path, monkeypatch):
     from diffkd_nb.grid import _ray_cell
     monkeypatch.setenv('HOME', str(tmp_path/'home'))
-    setup, job = Setup(RECIPE, 'digits', 'small:4'), Job(tmp_path/'elsewhere', threads=1)
+    setup, job = Setup(RECIPE, 'digits?limit=30', 'small:4'), Job(tmp_path/'elsewhere', threads=1)
     error, files = _ray_cell(setup.to_dict(), job.to_dict(), str(tmp_path/'no such token'))
     assert error is None and set(files) == {'manifest.json', 'log.csv', 'student.safetensors'} and not (tmp_path/'elsewhere').exists()
     assert json.loads(files['manifest.json'])['student_hash'] == hashes(here)['small_4-from-small_8/alone/seed0']
