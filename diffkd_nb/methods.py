@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from fastcore.basics import patch
+import torch
 from torch import nn
 from .files import InputError
 from .rng import same_rng
