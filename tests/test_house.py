@@ -1,6 +1,8 @@
 """The rooms of the house: who imports whom, how long lines and cells are, who writes what. `python tests/test_house.py` prints the counts"""
-import ast, json, re
+import ast, builtins, dis, json, re
+from importlib import import_module
 from pathlib import Path
+from types import CodeType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,23 @@ def test_the_method_does_without_fastai():
                           ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else [])}
     below = [m for m in MODULES if number(m) < (8, 'b')]        # 08b and 09 are where fastai's Learner comes in
     assert len(below) > 10 and not [NOTEBOOK[m] for m in below if 'fastai' in roots(TREES[m])]
+
+
+# names: a notebook may have imported what its module has not
+
+def read(code):
+    "Global names that a piece of code reads, and what stands in it"
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL')
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType): yield from read(inner)
+
+
+def unknown(text, names): return sorted({*read(compile(text, 'module', 'exec'))} - {*names, *dir(builtins)})
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_every_global_name_is_there(module): assert not unknown(MODULES[module], vars(import_module(f'diffkd_nb.{module}')))
+def test_a_forgotten_import_is_seen(): assert unknown('def f(): return [torch.ones(n) for n in range(3)]', {'f'}) == ['torch']
 
 
 def test_numbers_are_taken_once(): assert len({number(m) for m in MODULES}) == len(MODULES)
