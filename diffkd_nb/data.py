@@ -42,6 +42,9 @@ def _selected(found, limit, holdout):
     if not holdout: return x[i], y[i], xv[j], yv[j]
     last = (len(y) - 1 - _few(y.flip(0), holdout)).sort().values
     i = i[~torch.isin(i, last)]
+    if gone := {*y.tolist()} - {*y[i].tolist()}:
+        raise InputError(f"holdout={holdout} leaves no training image of class {min(gone)}, which has "
+                         f"{(y == min(gone)).sum()}: expected fewer than every class has. [help: data-options]")
     return x[i], y[i], x[last], y[last]
 
 # %% ../nbs/11c_data.ipynb #fe7968be
