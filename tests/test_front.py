@@ -1,13 +1,15 @@
 "What the first pages show: code that fits, and errors that exist"
 import ast, json, re, sys
+from functools import cache
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
-from messages import messages
+import messages as errors
 
 WIDTH = 88
+messages = cache(lambda *package: [*errors.messages(*package)])     # read once
 PAGES = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.stem == 'index' or re.match('4[0-9][a-z]?_', p.stem))
 
 
@@ -28,11 +30,11 @@ def test_code_fits_the_page(page):
     assert not long, '\n'.join(['', *(f'{len(line)}  {line}' for line in long)])
 
 
+@cache
 def texts():
     "All strings of the package, those of one expression in one piece"
-    for path in (ROOT/'diffkd_nb').glob('*.py'):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str): yield node.value
+    nodes = [n for path in (ROOT/'diffkd_nb').glob('*.py') for n in ast.walk(ast.parse(path.read_text()))]
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 
 
 def quoted(): return [e for k, t in cells(ROOT/'nbs'/'48_troubleshooting.ipynb') if k == 'markdown' for e in re.findall(r'^\*\*(?:Error|Sign)\.\*\* `(.+)`$', t, re.M)]
@@ -75,7 +77,7 @@ NAMELESS = {
 
 
 def test_every_error_ends_in_a_short_name():
-    found = list(messages())
+    found = messages()
     assert len(found) > 400
     nameless = [m for m in found if m.name not in sections()]
     assert sorted(m.where for m in nameless) == sorted(NAMELESS), [f'{m.where}, line {m.line}: {m.text}' for m in nameless if m.where not in NAMELESS]

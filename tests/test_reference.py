@@ -49,8 +49,6 @@ def test_the_check_can_fail():
     with pytest.raises(AssertionError): close(torch.tensor([float('nan')]), np.array([1.]), 1e-5, 'x')
 
 
-def test_an_empty_folder_fails(tmp_path):
-    import subprocess, sys
-    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-k', 'something_to_compare', '-p', 'no:cacheprovider', __file__],
-                       env={**os.environ, 'DIFFKD_REFERENCE': str(tmp_path)}, capture_output=True, text=True)
-    assert r.returncode == 1 and 'no .npz file' in r.stdout
+def test_an_empty_folder_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), 'FOLDER', tmp_path); monkeypatch.setitem(globals(), 'FILES', [])
+    with pytest.raises(AssertionError, match=f'no .npz file in {tmp_path}'): test_there_is_something_to_compare()

@@ -47,7 +47,7 @@ def test_the_log_has_the_mean_and_each_class(data, teacher):
     assert np.allclose(each.mean(axis=1), log.miou, atol=1e-6) and log.train_loss.iloc[-1] < log.train_loss.iloc[0]
 
 
-@pytest.mark.parametrize('method', ['diffkd', 'cwd'])
+@pytest.mark.parametrize('method', ['diffkd', pytest.param('cwd', marks=pytest.mark.slow)])
 def test_killed_and_resumed(method, data, teacher, tmp_path, monkeypatch):
     whole, _ = cut_and_resumed(lambda out: run(RECIPE, data, teacher, STUDENT, method, 1, out, progress=False), tmp_path, monkeypatch)
     assert [(t['student'], t['student_shape'], t['teacher_shape']) for t in whole['taps']] == [('head', [3, 6, 8], [3, 6, 8])]      # the class map alone
