@@ -61,10 +61,8 @@ def digits_data(
     x, y = torch.tensor(x[i]*15.9375).to(torch.uint8).view(-1, 1, 8, 8), torch.tensor(y[i])
     if size and size != 8: x = nn.functional.interpolate(x.float(), size, mode='bilinear').to(torch.uint8)
     x, y, xv, yv = _selected((x[:n], y[:n], x[n:], y[n:]), limit, holdout)
-    asked = dict(size=None if size == 8 else size, limit=limit, holdout=holdout)
-    asked = '&'.join(f'{k}={v}' for k,v in asked.items() if v)
-    return ImageArrays(x, y, xv, yv, list('0123456789'), f'digits ({len(x)} for training)',
-                       '' if n != 1000 else f'digits?{asked}' if asked else 'digits')
+    spec = data_spec('digits', None, size=None if size == 8 else size, limit=limit, holdout=holdout)
+    return ImageArrays(x, y, xv, yv, list('0123456789'), f'digits ({len(x)} for training)', spec if n == 1000 else '')
 
 # %% ../nbs/11c_data.ipynb #f7c9f540
 _CIFAR = {

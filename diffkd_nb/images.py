@@ -58,12 +58,12 @@ def example(self:Data,
 
 def data_spec(
     kind:str, # `'folder'`, say
-    folder:Path, # Where it lies
+    folder:Path|None, # Where it lies, None for data without a place
     **options # By name; 0 and None are left out
 ) -> str: # Such as `'folder:FOLDER?size=224'`
     "The text that opens data again"
     asked = '&'.join(f'{k}={v}' for k,v in options.items() if v)
-    return f'{kind}:{folder}' + (f'?{asked}' if asked else '')
+    return (kind if folder is None else f'{kind}:{folder}') + (f'?{asked}' if asked else '')
 
 def named_options(
     what:str, # What takes the options, in the error message
