@@ -47,7 +47,7 @@ def alone(self:Gate):
     "Begin when all others stand still; they go on afterwards"
     me = threading.get_ident()
     with self.changed:
-        self.standing.add(me)       # two threads that want to be alone do not wait for each other
+        self.standing.add(me); self.changed.notify_all()    # another that waits to be alone need not wait for me
         self.changed.wait_for(lambda: self.owner is None)
         self.owner = me
         self.standing.discard(me)
