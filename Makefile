@@ -73,7 +73,7 @@ test-notebooks: install
 	@set -- nbs/*.ipynb; test -e "$$1" || { echo "There are no notebooks in nbs/."; exit 1; }; echo "Notebooks: $$#"
 	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --timing --flags "$(FLAGS)"
 
-# The notebooks are among the tests, and the site, so that both processes have work to the end.
+# The notebooks are among the tests, so that both processes have work to the end.
 test-pytest: install
 	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_FLAGS)
 

@@ -13,10 +13,10 @@ if os.environ.get('PYTEST_XDIST_WORKER'):
     workers.start_server()
 
 # The longest first, so that two processes end together; what is not named comes after these
-LONGEST = ['test_invariants', 'test_demo', 'test_compare', 'test_docs', 'test_shared_teacher', 'test_models', 'test_tables', 'test_distributed',
+LONGEST = ['test_invariants', 'test_demo', 'test_compare', 'test_shared_teacher', 'test_models', 'test_tables', 'test_distributed',
            'test_fast', 'test_commands', 'test_resume', 'test_table9', 'test_method_invariants', 'test_gpu_sh']
 LAST = ['test_notebooks']       # many items of their own: they fill up what is left, the longest of them first
-LONG_PAGES = ['40_', '44_', '31_', '19_', '18_', '42_', '62_', '20_', '05_', '03_']
+LONG_PAGES = ['40_', '44_', '31_', '19_', '18_', '42_', '62_', '09_', '20_', '05_', '00d_']
 
 
 def pytest_collection_modifyitems(items):

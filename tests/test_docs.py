@@ -1,4 +1,4 @@
-"""The site that `make docs` writes: whole, and whole in a browser."""
+"""The site that `make docs` writes: whole, and whole in a browser. The slow tests make it; the others read what it is made of."""
 import ast
 import json
 import re
@@ -94,16 +94,19 @@ def page_of(path):
     return re.sub(r'^\d+[a-zA-Z0-9]*_', '', path.stem) + '.html'
 
 
+@pytest.mark.slow
 def test_every_notebook_has_a_page(pages):
     assert sorted(pages) == sorted(map(page_of, NOTEBOOKS))
 
 
+@pytest.mark.slow
 def test_pages_are_well_formed(pages):
     for name, page in pages.items():
         assert not page.wrong, (name, page.wrong[:5])
         assert len(page.ids) == len(set(page.ids)), (name, sorted({i for i in page.ids if page.ids.count(i) > 1}))
 
 
+@pytest.mark.slow
 def test_every_link_and_picture_is_there(site, pages):
     for name, page in pages.items():
         for url in page.links + page.images:
@@ -118,6 +121,7 @@ def test_every_link_and_picture_is_there(site, pages):
         assert not [url for url in page.images if urlsplit(url).scheme], name
 
 
+@pytest.mark.slow
 def test_outputs_of_the_notebooks_are_there(pages):
     for path in NOTEBOOKS:
         outputs = [o for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', [])]
@@ -125,6 +129,7 @@ def test_outputs_of_the_notebooks_are_there(pages):
         assert len(pages[page_of(path)].images) >= drawn, path.name
 
 
+@pytest.mark.slow
 def test_every_formula_is_mathml(pages):
     total = 0
     for path in NOTEBOOKS:
@@ -150,6 +155,7 @@ def public_symbols():
                 yield url.split('#')[0], name, tree[name]
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_entry_with_its_parameters(pages):
     seen = 0
     for page, name, node in public_symbols():
@@ -162,12 +168,14 @@ def test_every_public_name_has_an_entry_with_its_parameters(pages):
     assert seen > 100
 
 
+@pytest.mark.slow
 def test_an_entry_shows_signature_types_defaults_and_meanings(pages):
     text = ' '.join(' '.join(pages['comparison.html'].entries['compare']).split())
     for part in ('compare', 'Parameter', 'Type', 'Default', 'Meaning', "'process'", 'int | list', '**options', 'returns', 'Table, plot and verdicts'):
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_no_markup_is_left(pages):
     for name, page in pages.items():
         prose = ' '.join(page.prose)
@@ -176,12 +184,14 @@ def test_no_markup_is_left(pages):
         assert not re.search(r'^#\s*\|', ''.join(page.code), re.M), name
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_elsewhere(site):
     for path in [*site.glob('*.html'), *site.glob('*.css'), *site.glob('*.js')]:
         text = path.read_text(encoding='utf-8') if path.name != 'search.js' else ''
         assert not re.search(r'(src|@import|url\()\s*=?\s*["\']?(https?:)?//', text), path.name
 
 
+@pytest.mark.slow
 def test_the_search_index_covers_every_page(site, pages):
     text = (site / 'search.js').read_text(encoding='utf-8')
     index = json.loads(text[text.index('['):])
@@ -203,6 +213,30 @@ def test_imports_stand_in_cells_of_their_own():
                 body = ast.parse(source).body
                 imports = [any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(node)) for node in body]
                 assert len(set(imports)) < 2, f'{path.name}: {source[:80]}'
+
+
+# what the site is made of
+
+def prose(path):
+    """Return a notebook's text: no code, no names of sections."""
+    text = '\n\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    return re.sub(r'\{#[\w-]+\}$', '', text, flags=re.M)
+
+
+def test_every_formula_can_be_shown():
+    texts = [prose(path) for path in NOTEBOOKS]
+    page = docs.pandoc('\n\n'.join(texts), *docs.READER, '--to=html', '--mathml')
+    count = sum(len(FORMULA.findall(FENCED.sub('', text))) for text in texts)
+    assert 100 < count <= page.count('<math') and 'class="math' not in page
+
+
+def test_every_link_to_a_notebook_leads_to_one():
+    names, seen = {path.name for path in NOTEBOOKS}, 0
+    for path in NOTEBOOKS:
+        targets = re.findall(r'\]\((?:\./)?([\w.]+\.ipynb)', FENCED.sub('', prose(path)))
+        assert set(targets) <= names, (path.name, set(targets) - names)
+        seen += len(targets)
+    assert seen > 300
 
 
 # errors
@@ -327,10 +361,10 @@ Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done({
   math: document.querySelectorAll('math').length}))"""
 
 
-@pytest.mark.parametrize('every', [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_pages_in_a_browser(browser, site, pages, every):
-    "On a screen and on a phone: the guides and a third of the others, or all"
-    for name, page in [(n, p) for i, (n, p) in enumerate(pages.items()) if n in GUIDES or i % every == 0]:
+@pytest.mark.slow
+def test_pages_in_a_browser(browser, site, pages):
+    "On a screen and on a phone"
+    for name, page in pages.items():
         visit(browser, site / name)
         for width in (1280, 390):
             look(browser, width)
@@ -342,6 +376,7 @@ def test_pages_in_a_browser(browser, site, pages, every):
         assert not [line for line in browser.get_log('browser') if line['level'] in ('SEVERE', 'WARNING')], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('width', [1280, 390])
 def test_search_in_a_browser(browser, site, width):
     from selenium.webdriver.support.ui import WebDriverWait
@@ -357,6 +392,7 @@ def test_search_in_a_browser(browser, site, width):
     assert not browser.get_log('browser')
 
 
+@pytest.mark.slow
 def test_dark_and_light_in_a_browser(browser, site):
     def brightness():
         colour = browser.execute_script('return getComputedStyle(document.body).backgroundColor')
@@ -372,6 +408,7 @@ def test_dark_and_light_in_a_browser(browser, site):
         browser.execute_script('localStorage.clear()')
 
 
+@pytest.mark.slow
 def test_menu_on_a_phone(browser, site):
     look(browser, 390)
     visit(browser, site / 'index.html')

@@ -99,7 +99,7 @@ def test_teacher_given_as_a_learner_with_its_own_mode():
 
 # ---- 3: outside training the teacher does not run
 
-@every_pair
+@pytest.mark.parametrize('pair', [p if p in (LIGHT, 'vit<-resnet18') else pytest.param(p, marks=pytest.mark.slow) for p in PAIRS])
 def test_validation_costs_no_teacher_forward_and_is_the_students_own(pair):
     learn, student, teacher, cb = build(pair, latent=32)
     with quiet(learn): learn.fit(1, 1e-3)

@@ -22,7 +22,7 @@ def build(method, pair=LIGHT, **kw):
     return make_learner(student, size, cb), student, teacher, cb
 
 
-@pytest.mark.parametrize('method,pair', [(m, LIGHT) for m in PICTURES] + [pytest.param(*p, marks=[pytest.mark.slow]*(p[0] in ('reviewkd', 'fitnet'))) for p in PAIR_OF.items()])
+@pytest.mark.parametrize('method,pair', [(m, LIGHT) for m in PICTURES] + [pytest.param(*p, marks=[pytest.mark.slow]*(p[0] in ('reviewkd', 'fitnet', 'vid', 'ofa'))) for p in PAIR_OF.items()])
 def test_student_and_teacher_stay_what_they_are(method, pair):
     learn, student, teacher, cb = build(method, pair)
     distiller = distillation(learn).distiller

@@ -115,7 +115,7 @@ def test_the_strong_recipes_train_and_go_on_bit_for_bit(name, student, place, tm
     "RMSProp or AdamW, warm-up, RandAugment, erasing, label smoothing, average of weights, Mixup and CutMix, clipping, drop path"
     from diffkd_nb import experiment
     recipe = get_recipe(name).scaled(3).replace(batch_size=4, **({'drop_path': .2} if name == 'B3' else {}))
-    args = (recipe, f"folder:{place/'images'}?size=64", 'torchvision:resnet34@IMAGENET1K_V1', student, 'diffkd:latent=32', 0)
+    args = (recipe, f"folder:{place/'images'}?size=32", 'torchvision:resnet34@IMAGENET1K_V1', student, 'diffkd:latent=32', 0)
     options = dict(weights=place/'weights', device='cpu', num_workers=0, progress=False)
     whole, _ = cut_and_resumed(lambda out: experiment.run(*args, out, **options), tmp_path, monkeypatch)
     assert whole['settings']['recipe'] == recipe.to_dict() and whole['settings']['recipe']['warmup'] > 0

@@ -360,7 +360,8 @@ def test_other_words_are_compared_by_their_mean():
     assert 'pooled' in plan_table(places) and 'words' in plan_table(plan_taps(student, teacher, x, output_key='logits', by_word=True))
 
 
-@pytest.mark.parametrize('student', ['bigru:4', pytest.param('textcnn:4', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('student', ['bigru:4', 'textcnn:4'])
 def test_words_killed_and_resumed(data, teacher, student, tmp_path, monkeypatch):
     "Two models of sentences read the same words: their hidden states are compared word by word"
     how = dict(taps=['words', 'logits'], progress=False)
