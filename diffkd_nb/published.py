@@ -102,4 +102,4 @@ def method_figures() -> pd.DataFrame: # One row a method; '-' where nothing was 
     def gained(x): return ['-' if pd.isna(a) else f'{a:.2f} ({d:+.2f})' for a,d in zip(ours[x], ours[f'{x} gain'])]
     theirs = {p: [shown(_printed(p, m), '{:.2f}') for m in table.index] for p in _PAIRS}
     step = [shown(v, '{:.2f}') for v in ours.step]
-    return table.assign(step=step, pictures=gained('pictures'), sentences=gained('sentences'), **theirs)
+    return table.assign(step=step, **{x: gained(x) for x in ('pictures', '12 epochs', 'sentences')}, **theirs)

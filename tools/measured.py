@@ -20,9 +20,9 @@ def on_pictures() -> pd.Series:
     return pd.Series({m: runs.get(STORED.get(m, m)) for m in ('alone', *METHODS)}, dtype=float)
 
 
-def on_sentences() -> pd.Series:
-    "Mean accuracy in the question `methods-text`, by method; none for a method whose seeds are not all there"
-    q = get_question('methods-text'); runs = q.variants_table(ROOT/'results/study'/q.key)
+def of_question(key: str) -> pd.Series:
+    "Mean accuracy in a question of the study, by method; none for a method whose seeds are not all there"
+    q = get_question(key); runs = q.variants_table(ROOT/'results/study'/q.key)
     of = {text: runs.accuracy[name] for name,text in q.variants.items() if runs.n[name] == len(q.seeds)}
     return pd.Series({m: of.get(m) for m in ('alone', *METHODS)}, dtype=float)
 
@@ -31,7 +31,8 @@ def measured() -> str:
     "The text of the file"
     bench = json.loads((ROOT/'results/bench/methods_cpu.json').read_text())['rows']
     found = pd.DataFrame(dict(step={m: bench.get(m, {}).get('to_alone') for m in METHODS}), dtype=float)
-    for where,means in dict(pictures=on_pictures(), sentences=on_sentences()).items():
+    places = {'pictures': on_pictures(), '12 epochs': of_question('methods-maps'), 'sentences': of_question('methods-text')}
+    for where,means in places.items():
         found[where], found[f'{where} gain'] = means, means - means.alone
     out = io.StringIO()
     found.rename_axis('method').dropna(how='all').to_csv(out, float_format='%.2f', lineterminator='\n')
