@@ -1,5 +1,5 @@
 "Students, teachers and small data that the tests share"
-import numpy as np, timm, torch, torchvision
+import numpy as np, pytest, timm, torch, torchvision
 from fastai.vision.all import *
 
 for _name in [n for n in globals() if n.startswith('test')]: del globals()[_name] # fastcore's test_eq and the like are no tests of ours
@@ -22,6 +22,8 @@ PAIRS = {
     'sequential<-sequential': (lambda: sequential(6), lambda: sequential(20), 32),
 }
 LIGHT = 'sequential<-sequential'
+KINDS = 'kd', 'diffkd', 'crd', 'reviewkd', 'taid', 'meal', 'dskd', 'srrl'     # one method of each kind; the others are for the slow tests
+def kinds(methods): return [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in methods]
 
 
 class Pairs(list):

@@ -62,6 +62,7 @@ def test_digits_end_to_end(tmp_path):
     assert 'last epoch' in r.stdout and str((tmp_path/'o').resolve()) in r.stdout and 'diffkd - kd' in r.stdout and 'Traceback' not in r.stderr
 
 
+@pytest.mark.slow
 def test_class_folders_with_timm_models(folders, tmp_path, capsys):
     assert demo.main(['--data', str(folders), '--out', str(tmp_path/'o'), '--size', '32', *QUICK, '--student', 'resnet10t', '--methods', 'diffkd', '--batch-size', '8']) == 0
     check_output(tmp_path/'o', ['diffkd'])

@@ -97,7 +97,7 @@ def check_one_line(models, method):
     return learn
 
 
-@pytest.mark.parametrize('models', MODELS)
+@pytest.mark.parametrize('models', [m if i < 2 else pytest.param(m, marks=pytest.mark.slow) for i,m in enumerate(MODELS)])
 def test_diffkd_on_models_of_three_families(models): check_one_line(MODELS[models], 'diffkd')
 
 

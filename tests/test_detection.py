@@ -339,7 +339,8 @@ def test_the_log_has_precision_by_class(data, teacher):
     assert np.isfinite(log.valid_loss).all()
 
 
-@pytest.mark.parametrize('method', ['diffkd:kd_weight=5,diffusion_weight=5', pytest.param('fgd', marks=pytest.mark.slow), pytest.param('diffkd+heads', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['diffkd:kd_weight=5,diffusion_weight=5', 'fgd', 'diffkd+heads'])
 def test_killed_and_resumed(method, data, teacher, tmp_path, monkeypatch):
     whole, _ = cut_and_resumed(lambda out: run(RECIPE, data, teacher, STUDENT, method, 1, out, progress=False), tmp_path, monkeypatch)
     assert [t['student'] for t in whole['taps']][:5] == [f'backbone[{k}]' for k in ('0', '1', '2', 'p6', 'p7')]

@@ -152,6 +152,7 @@ def test_a_killed_rank_ends_the_job_which_goes_on_later(job):
     assert acc('other')[:1] == acc('whole')[:1] and len(acc('other')) == 4
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_once(job):
     d, args, _ = job
     rc, out = train(3, *args, d/'three')

@@ -182,9 +182,10 @@ def test_hyperparameters_that_cannot_be_read_make_plain_steps(opt, hypers, says,
 
 
 @pytest.mark.parametrize('kw', [
-    dict(adapter=False), dict(denoiser='identity'), dict(start='gamma'), dict(trained_by='diffusion'),
-    dict(norms='separate'), dict(latent=4), dict(logits_loss='dist'), dict(task_weight=.5), dict(relative=True),
-    dict(teacher_transform=Renormalise(((.2,), (.9,)), ((0.,), (1.,))))], ids=lambda kw: next(iter(kw)))
+    dict(start='gamma'), dict(task_weight=.5), dict(relative=True), dict(teacher_transform=Renormalise(((.2,), (.9,)), ((0.,), (1.,)))),
+    *(pytest.param(kw, marks=pytest.mark.slow) for kw in (
+        dict(adapter=False), dict(denoiser='identity'), dict(trained_by='diffusion'), dict(norms='separate'), dict(latent=4),
+        dict(logits_loss='dist')))], ids=lambda kw: next(iter(kw)))
 def test_options_are_recorded(kw):
     a, b = (fit(learner(recorded=r, **SHORT, **kw), 1) for r in (False, True))
     assert step_of(b).recorded == 1

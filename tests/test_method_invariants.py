@@ -7,7 +7,7 @@ from diffkd_nb.callback import DistillCallback, distillation
 from diffkd_nb.methods import METHODS
 
 PICTURES = [m for m in METHODS if not METHODS[m].for_boxes]          # those of detectors alone: test_detection
-every_method = pytest.mark.parametrize('method', PICTURES)
+every_method = pytest.mark.parametrize('method', kinds(PICTURES))
 PAIR_OF = dict(reviewkd='mobilenet_v2<-timm_resnet26', vid='resnet18<-resnet34', ofa='resnet10t<-deit', crd='vit<-resnet18', fitnet='sequential<-swin', rkd='resnet10t<-deit', pkt='vit<-resnet18')
 
 

@@ -393,7 +393,7 @@ def test_learning_the_teacher_first(capsys):
     with pytest.raises(ValueError, match='no tap has one'): DiffKDDistiller(plan_of('diffkd'), pretrain=5, denoiser='identity', latent=None)
 
 
-@pytest.mark.parametrize('options', [dict(mixing='vp', start='gamma'), dict(predicts='clean', norms='separate'),
+@pytest.mark.parametrize('options', [dict(predicts='clean', mixing='vp', start='gamma', norms='separate'),
                                      *(pytest.param(kw, marks=pytest.mark.slow) for kw in (dict(predicts='clean'), dict(mixing='vp')))], ids=str)
 def test_other_forms_of_the_diffusion_learn(options):
     set_seed(0)

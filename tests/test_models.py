@@ -157,6 +157,7 @@ def test_cifar100(name, want):
     assert len(y) == 10000 and accuracy(name, x, y) == pytest.approx(want, abs=.021)    # two images: processors round differently
 
 
+@pytest.mark.slow
 @needs('cifar100', 'teachers')
 def test_cifar100_resnet32_on_a_part():
     x, y = mosaics(DATA/'cifar100'/'test')

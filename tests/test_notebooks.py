@@ -17,7 +17,7 @@ LONG = ('12_models', '18_diagnostics', '19_plots', '21_fast', '24_run', '24a_sha
         '28_verify', '30_commands', '31_demo', '33_distill', '40_quickstart', '40a_resnet50_teaches_resnet18', '42_plain_loop',
         '43_inside', '44_choose_taps', '44d_your_teacher', '44a_segmentation_tutorial', '44b_detection_tutorial', '44c_text_tutorial',
         '44e_your_own_method', '47_which_method', '57_open_questions_plan', '61_imagenet_baseline', '62_imagenet_stronger',
-        '63_ablations')
+        '63_ablations', '15b_segmentation', '16a_text', '16b_detection_models', '16c_detection', '22_distributed', '29_tables', '32_study')
 # Pages that show what is stored; `test_numbers` and `58_what_we_found` read the same
 STORED = ('51_denoiser_study', '52a_convolutional_student', '52d_sentiment', '53a_segmentation_study', '54a_detection_study',
           '55_noisy_feature', '55a_capacity_gap', '56_learnt_denoiser', '56a_forms_on_sentences', '56b_methods_on_sentences',

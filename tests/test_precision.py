@@ -42,7 +42,7 @@ def test_student_and_teacher_run_in_bf16_in_training_and_validation():
     assert train('diffkd', False).model.seen == {(True, torch.float32), (False, torch.float32)}
 
 
-@pytest.mark.parametrize('method', sorted(m for m in METHODS if not METHODS[m].for_boxes))
+@pytest.mark.parametrize('method', kinds(sorted(m for m in METHODS if not METHODS[m].for_boxes)))
 def test_every_method_trains_in_bf16(method):
     "Twenty finite steps, the first one with the loss of float32 up to 0.25 %"
     a, b = train(method, True, 2, n=80).note.losses, train(method, False, 2, n=80).note.losses

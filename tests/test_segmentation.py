@@ -74,6 +74,7 @@ def test_a_length_in_steps(data, tmp_path):
     assert verify(tmp_path, data=data)
 
 
+@pytest.mark.slow
 def test_compares_and_verifies(data, teacher, tmp_path):
     c = compare([(teacher, STUDENT)], ['alone', KD], 2, RECIPE.replace(epochs=1), data, tmp_path, executor='here', threads=1, progress=False)
     assert not c.failed and c.task.name == 'segmentation' and list(c.table().n) == [2, 2] and 'miou' in c.markdown()
@@ -158,6 +159,7 @@ def test_models_of_smp(name):
     for sides in ((50, 72), (45, 61)): assert class_map(dry_run(m, torch.randn(2, 3, *sides))) == 'model'       # what `Scores` enlarges
 
 
+@pytest.mark.slow
 def test_what_torchvision_gives_can_be_taken(data, tmp_path, monkeypatch):
     "Dicts of one map: said in words, and read through `Scores`; a file with an auxiliary head"
     import matplotlib; matplotlib.use('Agg')

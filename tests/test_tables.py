@@ -110,7 +110,8 @@ def test_training_only_parameters_are_those_of_the_released_program(teacher, stu
     assert counts[1] == 23_323_002
 
 
-@pytest.mark.parametrize('name,student', [pytest.param('B2', 'torchvision:mobilenet_v2', marks=pytest.mark.slow), ('B3', 'timm:resnet10t')])
+@pytest.mark.slow
+@pytest.mark.parametrize('name,student', [('B2', 'torchvision:mobilenet_v2'), ('B3', 'timm:resnet10t')])
 def test_the_strong_recipes_train_and_go_on_bit_for_bit(name, student, place, tmp_path, monkeypatch):
     "RMSProp or AdamW, warm-up, RandAugment, erasing, label smoothing, average of weights, Mixup and CutMix, clipping, drop path"
     from diffkd_nb import experiment

@@ -95,6 +95,7 @@ def test_transformer_teaches_and_learns(data, bert, tmp_path):
     assert model.tokenizer.convert_ids_to_tokens(pieces[0][there[0]].tolist())[0] == '[UNK]'        # 'The': its vocabulary has small letters only
 
 
+@pytest.mark.slow
 def test_compares_and_verifies(data, teacher, tmp_path):
     c = compare([(teacher, 'bigru:4')], ['alone', 'kd'], 2, RECIPE, data, tmp_path, executor='here', threads=1, progress=False)
     assert not c.failed and c.task.name == 'text' and list(c.table().n) == [2, 2]
